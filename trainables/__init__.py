@@ -1,0 +1,1 @@
+"""What one trial does. Knows torch, transformers, peft, bitsandbytes and trl; never imports `sweep`."""

@@ -1,0 +1,119 @@
+"""What a trial must save to go on exactly where it stood: written atomically, verified when read.
+
+A checkpoint is a directory `step-000120/` beside its siblings. Its files are written and flushed under a temporary
+name, the directory is renamed, and only then the manifest with their checksums appears, itself by rename. A directory
+without a manifest, or with a file that differs from it, is not a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainables.protocol import Evaluation
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One valid checkpoint on disk."""
+
+    path: Path
+    step: int
+    evaluations: tuple[Evaluation, ...]
+    """All evaluations that were finished when it was written."""
+
+    @property
+    def loss(self) -> float | None:
+        """Validation loss of exactly these weights; None when it was not taken at this step."""
+        return next((e.loss for e in self.evaluations if e.step == self.step), None)
+
+
+def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save: Callable[[Path], None]) -> Checkpoint:
+    """Make `trial_dir/step-XXXXXX` from what `save` writes into an empty directory.
+
+    A checkpoint of the same step is replaced. Raises OSError when the disk refuses, and leaves older ones intact.
+    """
+    trial_dir.mkdir(parents=True, exist_ok=True)
+    target = trial_dir / f"step-{step:06d}"
+    temporary = trial_dir / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save(temporary)
+        files = {}
+        for file in _files(temporary):
+            _flush(file)
+            files[file.relative_to(temporary).as_posix()] = _checksum(file)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    manifest = {"format": FORMAT, "step": step, "evaluations": [asdict(e) for e in evaluations], "files": files}
+    unfinished = target / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(manifest, indent=1))
+    _flush(unfinished)
+    unfinished.rename(target / MANIFEST)
+    _flush(target)
+    _flush(trial_dir)
+    return Checkpoint(target, step, evaluations)
+
+
+def newest(trial_dir: Path) -> Checkpoint | None:
+    """The valid checkpoint with the most steps, or None. Warns of each newer one that is torn or altered."""
+    for path in sorted(trial_dir.glob("step-*"), reverse=True):
+        try:
+            return read(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; the one before it is used", stacklevel=2)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        found, files = manifest["format"], manifest["files"]
+        step = int(manifest["step"])
+        evaluations = tuple(Evaluation(**e) for e in manifest["evaluations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} is torn: {MANIFEST} is missing or unreadable ({error})") from error
+    if found != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {found}, this version reads {FORMAT}")
+    for name, checksum in files.items():
+        file = path / name
+        if not file.is_file() or _checksum(file) != checksum:
+            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or was altered")
+    return Checkpoint(path, step, evaluations)
+
+
+def prune(trial_dir: Path, keep: set[Path]) -> None:
+    """Delete every checkpoint (and leftover of an unfinished one) in `trial_dir` that is not in `keep`."""
+    for path in [*trial_dir.glob("step-*"), *trial_dir.glob(".step-*")]:
+        if path not in keep:
+            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted directory is no checkpoint
+            shutil.rmtree(path)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""What passes between the framework and a trial. Every trainable (`qlora_sft`, `toy`) speaks this; none imports Ray.
+
+A trainable is a module with two functions:
+
+    start(config: QLoRAConfig, job: Job, checkpoint: Path | None) -> Trial
+    prepare(...)  what its trials share, made once per sweep (see `data.prepare`)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a trial trains: exactly one of `epochs` and `steps` is set."""
+
+    epochs: float | None
+    """Passes over the training rows."""
+    steps: int | None
+    """Optimiser steps."""
+    evaluations: int
+    """Number of equal parts that the budget is cut into; the validation loss is taken at the end of each."""
+
+    def total_steps(self, rows: int, batch_size: int) -> int:
+        """Optimiser steps of a whole trial over `rows` training rows, never fewer than `evaluations`.
+
+        The last batch of an epoch may be short, as in the Hugging Face Trainer.
+        """
+        if self.steps is not None:
+            return max(self.steps, self.evaluations)
+        assert self.epochs is not None
+        per_epoch = -(-rows // batch_size)
+        return max(round(self.epochs * per_epoch), self.evaluations, 1)
+
+    def evaluation_steps(self, total_steps: int) -> list[int]:
+        """Step after which evaluation 1, 2, … is due; the last one is `total_steps`."""
+        return [round(total_steps * k / self.evaluations) for k in range(1, self.evaluations + 1)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a sweep have in common."""
+
+    model: str
+    """Model directory or Hub id."""
+    tokens: str
+    """Directory that `data.prepare` made."""
+    budget: Budget
+    score_base: bool = False
+    """Also report evaluation 0: the validation loss before the first step, which is the quantised base's own."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, as it is logged."""
+
+    step: int
+    """1 for the first."""
+    loss: float
+    """Mean cross-entropy per supervised token of this step's batch, nats."""
+    learning_rate: float
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+    tokens: int
+    """Tokens that went through the model, padding not counted."""
+    seconds: float
+    """Wall clock of the step."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the validation rows."""
+
+    evaluation: int
+    """1 for the first of `Budget.evaluations`; 0 is the base before any training."""
+    step: int
+    """Optimiser steps done before it."""
+    loss: float
+    """Mean cross-entropy per supervised validation token, nats. May be non-finite when the trial diverged."""
+    tokens: int = 0
+    """Tokens that went through the model, padding not counted."""
+    seconds: float = 0.0
+    """Wall clock of the pass."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What happened in one call of `Trial.advance`."""
+
+    steps: tuple[Step, ...]
+    """Optimiser steps finished since the last slice, oldest first."""
+    evaluation: Evaluation | None
+    """Set when an evaluation was finished; a slice ends there."""
+    failure: str | None
+    """Set when the configuration cannot be trained on (non-finite loss or gradient), with the reason."""
+    done: bool
+    """True when the budget is used up (or `failure` is set)."""
+    peak_memory: int
+    """Bytes: on a GPU the most that was allocated since the trial started, on a CPU the process's resident set."""
+
+
+class Trial(Protocol):
+    """One training run, advanced in time slices, all by one thread."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole budget."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps finished."""
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """All evaluations finished so far, those before the checkpoint that it was started from included."""
+
+    @property
+    def banner(self) -> str:
+        """One line on what is trained: footprint of the base, parameters of the adapter."""
+
+    def advance(self, seconds: float) -> Slice:
+        """Train whole optimiser steps for about `seconds`, at least one, or to the end of the next evaluation.
+
+        A long evaluation spans several slices; those carry no steps and no evaluation.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Write into the empty `directory` all that `start` needs to go on after `step`."""
+
+    def close(self) -> None:
+        """Give back what only this trial holds; what is shared (base model, tokens) stays warm."""

@@ -65,3 +65,20 @@ class QLoRAConfig(BaseModel):
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation {self.accumulation} does not divide batch_size {self.batch_size}")
         return self
+
+
+class DataConfig(BaseModel):
+    """Where the rows come from and how they are cut: the same for all trials of a sweep."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    train: str
+    """JSONL, CSV or Parquet file, saved `datasets` directory, or Hub id; prompt/completion, messages or text."""
+    validation: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The same, or the fraction of `train` that is split off by seed."""
+    test: str | None = None
+    """The same; never trained on nor searched with."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of a row; longer rows are cut off at the end."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the split when `validation` is a fraction."""

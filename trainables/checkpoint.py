@@ -35,13 +35,18 @@ class Checkpoint:
         return next((e.loss for e in self.evaluations if e.step == self.step), None)
 
 
+def path_of(trial_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps is, or would be."""
+    return trial_dir / f"step-{step:06d}"
+
+
 def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save: Callable[[Path], None]) -> Checkpoint:
     """Make `trial_dir/step-XXXXXX` from what `save` writes into an empty directory.
 
     A checkpoint of the same step is replaced. Raises OSError when the disk refuses, and leaves older ones intact.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
-    target = trial_dir / f"step-{step:06d}"
+    target = path_of(trial_dir, step)
     temporary = trial_dir / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -76,8 +81,31 @@ def newest(trial_dir: Path) -> Checkpoint | None:
     return None
 
 
+def best(trial_dir: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss of its own, or None. Reads manifests only: `read` verifies."""
+    scored: list[tuple[float, int, Checkpoint]] = []
+    for path in trial_dir.glob("step-*"):
+        try:
+            found, _ = _manifest(path)
+        except ValueError:  # torn: `newest` warns of it
+            continue
+        if found.loss is not None and found.step > 0:
+            scored.append((found.loss, found.step, found))
+    return min(scored, key=lambda row: row[:2], default=(None, None, None))[2]
+
+
 def read(path: Path) -> Checkpoint:
     """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
+    found, files = _manifest(path)
+    for name, checksum in files.items():
+        file = path / name
+        if not file.is_file() or _checksum(file) != checksum:
+            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or was altered")
+    return found
+
+
+def _manifest(path: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """What the manifest says: the checkpoint, and the checksum of every file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         found, files = manifest["format"], manifest["files"]
@@ -87,11 +115,7 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {path} is torn: {MANIFEST} is missing or unreadable ({error})") from error
     if found != FORMAT:
         raise ValueError(f"checkpoint {path} has format {found}, this version reads {FORMAT}")
-    for name, checksum in files.items():
-        file = path / name
-        if not file.is_file() or _checksum(file) != checksum:
-            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or was altered")
-    return Checkpoint(path, step, evaluations)
+    return Checkpoint(path, step, evaluations), files
 
 
 def prune(trial_dir: Path, keep: set[Path]) -> None:

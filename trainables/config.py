@@ -18,7 +18,7 @@ class QLoRAConfig(BaseModel):
     loss curves.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the two adapter matrices of every target module."""
@@ -70,7 +70,7 @@ class QLoRAConfig(BaseModel):
 class DataConfig(BaseModel):
     """Where the rows come from and how they are cut: the same for all trials of a sweep."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     train: str
     """JSONL, CSV or Parquet file, saved `datasets` directory, or Hub id; prompt/completion, messages or text."""

@@ -1,11 +1,11 @@
 """What passes between the framework and a trial. Every trainable (`qlora_sft`, `toy`) speaks this; none imports Ray.
 
-A trainable is a module with two functions:
+A trainable is a module with one function (what its trials share is made once per sweep, by `data.prepare`):
 
-    start(config: QLoRAConfig, job: Job, checkpoint: Path | None) -> Trial
-    prepare(...)  what its trials share, made once per sweep (see `data.prepare`)
+    start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -84,6 +84,11 @@ class Evaluation:
     """Wall clock of the pass."""
 
 
+def best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
+    """The one with the lowest loss, the earliest of equal ones; that of the untrained base does not count."""
+    return min((e for e in evaluations if e.evaluation > 0), key=lambda e: e.loss, default=None)
+
+
 @dataclass(frozen=True)
 class Slice:
     """What happened in one call of `Trial.advance`."""
@@ -98,6 +103,30 @@ class Slice:
     """True when the budget is used up (or `failure` is set)."""
     peak_memory: int
     """Bytes: on a GPU the most that was allocated since the trial started, on a CPU the process's resident set."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trial has used, over all attempts."""
+
+    seconds: float = 0.0
+    """Wall clock of steps and evaluations."""
+    steps: int = 0
+    """Optimiser steps, those that were repeated after an interruption counted again."""
+    tokens: int = 0
+    """Tokens that went through the model in training and validation."""
+    peak_memory: int = 0
+    """Bytes; the most that an attempt used."""
+
+    def plus(self, slice_: Slice) -> "Cost":
+        """This cost and that of one more slice."""
+        evaluation = slice_.evaluation
+        return Cost(
+            seconds=self.seconds + sum(s.seconds for s in slice_.steps) + (evaluation.seconds if evaluation else 0.0),
+            steps=self.steps + len(slice_.steps),
+            tokens=self.tokens + sum(s.tokens for s in slice_.steps) + (evaluation.tokens if evaluation else 0),
+            peak_memory=max(self.peak_memory, slice_.peak_memory),
+        )
 
 
 class Trial(Protocol):

@@ -1,0 +1,55 @@
+"""Every file name of a sweep directory, in one place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """The files under `root`, the directory of one sweep."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        """The spec as run, resolved."""
+        return self.root / "space.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """Optuna's journal, the default ledger."""
+        return self.root / "study.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the driver for as long as it runs."""
+        return self.root / "driver.lock"
+
+    @property
+    def lock_holder(self) -> Path:
+        """Says who holds the lock."""
+        return self.root / "driver.txt"
+
+    @property
+    def tokens(self) -> Path:
+        """Tokenised data, a directory per content hash."""
+        return self.root / "tokens"
+
+    @property
+    def tracking(self) -> Path:
+        """Where W&B makes its own `wandb/`."""
+        return self.root
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own files: may be deleted."""
+        return self.root / "ray"
+
+    @property
+    def best(self) -> Path:
+        """The best adapter, ready to be loaded with PEFT."""
+        return self.root / "best"
+
+    def trial(self, number: int) -> Path:
+        """Checkpoints of one trial."""
+        return self.root / "trials" / f"{number:03d}"

@@ -1,0 +1,125 @@
+"""The terminal while a sweep runs: a calm live table, or one line per event when the output is not a terminal."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sweep.study import ENDED_AS, Entry
+from trainables.config import QLoRAConfig
+from trainables.protocol import Slice
+
+STATES = {TrialState.RUNNING: "running"} | ENDED_AS
+"""Words for a trial's state."""
+
+ENDED_SHOWN = 12
+"""Rows of ended trials in the live table: the best of them."""
+
+
+def describe(config: QLoRAConfig, searched: Sequence[str]) -> str:
+    """`r 16  alpha 32  learning_rate 2.0e-04 …`: the values that differ between trials."""
+    return "  ".join(f"{name} {_value(getattr(config, name))}" for name in searched)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}"
+    return str(value)
+
+
+@dataclass
+class _Row:
+    entry: Entry
+    step: int = 0
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class Progress:
+    """Listens to a sweep (see `early_stopping.Listener`) and shows it on `console`, from `with` to its end."""
+
+    console: Console
+    searched: Sequence[str]
+    trials: int
+    """`search.trials`."""
+    evaluations: int
+    """`budget.evaluations`."""
+    _rows: dict[int, _Row] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+    _live: Live | None = None
+    _told: set[str] = field(default_factory=set)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._live = Live(get_renderable=self._table, console=self.console, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def note(self, line: str) -> None:
+        """Say this once."""
+        if line not in self._told:
+            self._told.add(line)
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def started(self, entry: Entry) -> None:
+        again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""
+        self._rows[entry.number] = _Row(entry)
+        self._say(f"trial {entry.number:3d} started{again}: {describe(entry.config, self.searched)}")
+
+    def advanced(self, entry: Entry, slice_: Slice) -> None:
+        row = self._rows[entry.number]
+        row.entry = entry
+        if slice_.steps:
+            seconds = sum(step.seconds for step in slice_.steps)
+            row.step = slice_.steps[-1].step
+            row.tokens_per_second = sum(step.tokens for step in slice_.steps) / max(seconds, 1e-9)
+        if slice_.evaluation is not None:
+            done = slice_.evaluation
+            what = "base model" if done.evaluation == 0 else f"evaluation {done.evaluation}/{self.evaluations}"
+            speed = f", {row.tokens_per_second:,.0f} tokens/s" if row.tokens_per_second else ""
+            self._say(f"trial {entry.number:3d} step {done.step}, {what}: validation loss {done.loss:.4f}{speed}")
+
+    def ended(self, entry: Entry) -> None:
+        self._rows[entry.number].entry = entry
+        best = f", best {entry.best[1]:.4f}" if entry.best else ""
+        why = f" ({entry.reason})" if entry.reason else ""
+        self._say(f"trial {entry.number:3d} {STATES[entry.state]}{best}{why}")
+
+    def _say(self, line: str) -> None:
+        if not self._live:
+            self.console.print(f"{time.monotonic() - self._began:7.1f} s  {line}", highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        rows = sorted(self._rows.values(), key=lambda row: row.entry.best[1] if row.entry.best else float("inf"))
+        running = [row for row in rows if row.entry.state is TrialState.RUNNING]
+        ended = [row for row in rows if row.entry.state is not TrialState.RUNNING]
+        minutes = (time.monotonic() - self._began) / 60
+        table = Table(title=f"{len(ended)} of {self.trials} trials done, {minutes:.1f} min", title_justify="left")
+        for heading in ("trial", "configuration", "state", "evaluation", "newest", "best", "tokens/s"):
+            table.add_column(heading, justify="left" if heading in ("configuration", "state") else "right")
+        for row in [*ended[:ENDED_SHOWN], *running]:
+            entry = row.entry
+            newest = entry.losses.get(entry.reported)
+            table.add_row(
+                f"{entry.number:03d}",
+                describe(entry.config, self.searched),
+                STATES[entry.state],
+                f"{max(entry.reported, 0)}/{self.evaluations}",
+                "" if newest is None else f"{newest:.4f}",
+                "" if entry.best is None else f"{entry.best[1]:.4f}",
+                f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
+                style="bold" if entry.state is TrialState.RUNNING else None,
+            )
+        return table

@@ -1,0 +1,162 @@
+"""The end of a run: the ranking on the terminal, and best/, ready to be taken home."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from sweep.paths import SweepPaths
+from sweep.progress import STATES, describe
+from sweep.study import Entry, Ledger, ranking
+from trainables import checkpoint
+
+
+def usual_default(entries: Sequence[Entry]) -> Entry | None:
+    """The trial of r 16, alpha 32, learning rate 2e-4, which a sweep should beat."""
+    return next((e for e in entries if (e.config.r, e.config.alpha, e.config.learning_rate) == (16, 32.0, 2e-4)), None)
+
+
+def base_loss(entries: Sequence[Entry]) -> float | None:
+    """Validation loss of the quantised base before any training, as the first trial measured it."""
+    return next((e.losses[0] for e in entries if 0 in e.losses), None)
+
+
+def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: float) -> None:
+    """Print ranking, base, default, winner and time."""
+    entries = ledger.entries()
+    ranked = ranking(entries)
+    table = Table(title="Ranking by best validation loss", title_justify="left")
+    for heading in ("", "trial", "configuration", "best loss", "at evaluation", "ended as", "minutes"):
+        table.add_column(
+            heading,
+            justify="left" if heading in ("configuration", "ended as") else "right",
+            no_wrap=heading != "configuration",
+        )
+    unscored = [e for e in entries if e.best is None]
+    for place, entry in enumerate([*ranked, *unscored], start=1):
+        evaluation, loss = entry.best or (None, None)
+        table.add_row(
+            str(place) if loss is not None else "-",
+            f"{entry.number:03d}",
+            describe(entry.config, searched),
+            "-" if loss is None else f"{loss:.4f}",
+            "-" if evaluation is None else str(evaluation),
+            STATES[entry.state],
+            f"{entry.cost.seconds / 60:.1f}",
+        )
+    console.print(table)
+    for entry in entries:
+        if entry.state is TrialState.FAIL:
+            console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False)
+    for line in verdict(entries):
+        console.print(line, highlight=False)
+    console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
+
+
+def verdict(entries: Sequence[Entry]) -> list[str]:
+    """Base, usual default and winner, a line each."""
+    ranked = ranking(entries)
+    base, default = base_loss(entries), usual_default(entries)
+    lines = [f"base model            {base:.4f}"] if base is not None else []
+    if default is not None and default.best is not None:
+        lines.append(f"usual default         {default.best[1]:.4f}  (trial {default.number:03d})")
+    if ranked:
+        winner = ranked[0]
+        assert winner.best is not None
+        gain = f", {default.best[1] - winner.best[1]:.4f} below the default" if default and default.best else ""
+        lines.append(f"winner                {winner.best[1]:.4f}  (trial {winner.number:03d}{gain})")
+    return lines
+
+
+def export_best(ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None) -> Entry | None:
+    """Make best/ from the checkpoint with the lowest validation loss of all trials.
+
+    `tokenizer` is the directory of its files. Returns the winner, None when no trial has a checkpoint.
+    """
+    for winner in ranking(ledger.entries()):
+        found = checkpoint.best(paths.trial(winner.number))
+        if found is None:
+            continue
+        try:
+            found = checkpoint.read(found.path)
+        except ValueError as error:
+            warnings.warn(f"{error}; best/ is made of the next best trial", stacklevel=2)
+            continue
+        return _export(ledger, paths, model, tokenizer, winner, found)
+    return None
+
+
+def _export(
+    ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None, winner: Entry, found: checkpoint.Checkpoint
+) -> Entry:
+    unfinished = paths.best.with_name(".best")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for file in found.path.glob("adapter_*"):
+        shutil.copy2(file, unfinished)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
+    numbers = {"trial": winner.number, "step": found.step, "validation_loss": found.loss}
+    (unfinished / "sweep.json").write_text(
+        json.dumps({"config": winner.config.model_dump(mode="json"), "model": model} | numbers, indent=2) + "\n"
+    )
+    (unfinished / "README.md").write_text(str(model_card(ledger, winner, model, found.step)))
+    shutil.rmtree(paths.best, ignore_errors=True)
+    unfinished.rename(paths.best)
+    return winner
+
+
+def model_card(ledger: Ledger, winner: Entry, model: str, step: int) -> ModelCard:
+    """What the adapter is, how it was found, and how to load it."""
+    card = ModelCardData(library_name="peft", base_model=model, tags=["qlora", "qlora-sweep", "lora"])
+    entries = ledger.entries()
+    config = winner.config
+    settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
+    versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
+    return ModelCard(
+        f"""---
+{card.to_yaml()}
+---
+
+# QLoRA adapter for {model}
+
+The best of {len(entries)} trials by validation loss (mean cross-entropy per supervised token), taken after optimiser
+step {step} of trial {winner.number}.
+
+```
+{chr(10).join(verdict(entries))}
+```
+
+Load it on the base in the quantisation that it was trained on:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+dtype = torch.{"bfloat16" if config.compute_dtype == "bf16" else "float32"}
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{config.quant_type}",
+    bnb_4bit_compute_dtype=dtype,
+    bnb_4bit_use_double_quant={config.double_quant},
+)
+base = AutoModelForCausalLM.from_pretrained("{model}", quantization_config=quantization, dtype=dtype)
+model = PeftModel.from_pretrained(base, "best")
+```
+
+| hyperparameter | value |
+|---|---|
+{settings}
+
+| made with | version |
+|---|---|
+{versions}
+"""
+    )

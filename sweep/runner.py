@@ -1,0 +1,323 @@
+"""spec + study -> ray.tune.Tuner -> done. The only place that assembles a Tuner."""
+
+import importlib.metadata
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import ray
+from optuna.trial import TrialState
+from ray import tune
+
+from sweep import report, tracking
+from sweep import spec as specs
+from sweep.early_stopping import LedgerScheduler, Listener, rungs, settle
+from sweep.paths import SweepPaths
+from sweep.preemption import Drain, draining_after, draining_on_signals
+from sweep.search import LedgerSearcher
+from sweep.space import Space
+from sweep.spec import SweepSpec
+from sweep.study import Entry, Ledger, Proposal, open_journal, propose, ranking
+from sweep.trainable import Assignment, SlicedTrial
+from trainables import checkpoint, data
+from trainables.protocol import Job
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
+
+QUIET_RAY = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most slices carry no validation loss
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours drains instead
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class Refused(Exception):
+    """The sweep cannot start as asked; the message says why and what to do. Nothing was started or lost."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `run` ended."""
+
+    ledger: Ledger
+    paths: SweepPaths
+    interrupted: str | None
+    """The signal or limit that ended it before its time; None when no trial is left to do."""
+    preempted: bool
+    """Whether it was a signal."""
+    exhausted: str | None
+    """Why fewer than `search.trials` were tried, if so."""
+    winner: Entry | None
+    """The trial whose best checkpoint is in best/; None when no trial has one, or after a signal."""
+    seconds: float
+    """Wall clock of this call."""
+
+
+def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Outcome:
+    """Run the sweep, or go on with it where its directory says that it stands.
+
+    `address` is Ray's; `local` starts a cluster of this machine alone. `again` is the command that continues the sweep.
+    Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
+    """
+    began = time.monotonic()
+    if "://" in spec.storage:
+        raise Refused(f"storage: {spec.storage} is not a directory; this version keeps sweeps on file systems only")
+    paths = SweepPaths(Path(spec.storage).absolute() / spec.name)
+    content_hash = _check_inputs(spec)
+    tracked = _tracking(spec, paths)
+    drain = Drain()
+    winner = None
+    with _locked(paths):
+        _same_as_recorded(spec, paths)
+        with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency:
+            ledger = _open(spec, paths, content_hash)
+            job = _job(spec, paths, listener)
+
+            def assign(entry: Entry) -> Assignment:
+                return Assignment(
+                    number=entry.number,
+                    trainable=spec.trainable,
+                    config=entry.config,
+                    job=job,
+                    directory=paths.trial(entry.number),
+                    reported=entry.reported,
+                    cost=entry.cost,
+                    first_rung=spec.early_stopping.grace if spec.early_stopping else 1,
+                    tracking=tracked,
+                    run_id=f"{ledger.noted('sweep_id')}-{entry.number:03d}",
+                    searched=spec.space.searched,
+                    checkpoint_minutes=spec.checkpoint.every,
+                )
+
+            def started(entry: Entry) -> None:
+                tidy(ledger, paths, spec.checkpoint.keep)
+                listener.started(entry)
+
+            def settled(number: int) -> bool:
+                rule = spec.early_stopping
+                stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
+                return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
+
+            first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
+
+            def ask(entries: list[Entry]) -> Proposal:
+                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, first)
+
+            searcher = LedgerSearcher(
+                ledger,
+                trials=spec.search.trials,
+                concurrency=min(concurrency, spec.resources.concurrency or concurrency),
+                propose=ask,
+                settle=settled,
+                assign=assign,
+                draining=drain,
+                started=started,
+            )
+            scheduler = LedgerScheduler(ledger, settled, drain, listener)
+            with (
+                draining_on_signals(drain, spec.preemption.grace, f"Preempted. The same command goes on: {again}"),
+                draining_after(drain, spec.budget.hours),
+            ):
+                _tune(searcher, scheduler, drain, paths, spec.resources.cpus, spec.resources.gpus)
+        if not drain.preempted:
+            tidy(ledger, paths, spec.checkpoint.keep)
+            tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
+            winner = report.export_best(ledger, paths, spec.model or spec.trainable, tokenizer)
+    seconds = time.monotonic() - began
+    return Outcome(ledger, paths, drain.reason, drain.preempted, searcher.exhausted, winner, seconds)
+
+
+def tidy(ledger: Ledger, paths: SweepPaths, keep: int) -> None:
+    """Of the trials that have ended, keep the best checkpoint of the best `keep`, and nothing of the others."""
+    ended = [entry for entry in ledger.entries() if entry.state is not TrialState.RUNNING]
+    contenders = {entry.number for entry in ranking(ended)[:keep]}
+    for entry in ended:
+        directory = paths.trial(entry.number)
+        kept = checkpoint.best(directory) if entry.number in contenders else None
+        checkpoint.prune(directory, {kept.path} if kept else set())
+
+
+def _check_inputs(spec: SweepSpec) -> str:
+    """Look at model and data without starting anything; returns the hash of their content, empty for `toy`."""
+    if spec.trainable == "toy":
+        return ""
+    assert spec.model is not None
+    assert spec.data is not None
+    data.check_model(spec.model)
+    return data.content_hash(spec.data, spec.model)
+
+
+def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
+    wanted = spec.tracking
+    try:
+        return tracking.resolve(wanted.project or spec.name, wanted.entity, spec.name, wanted.mode, paths.tracking)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+@contextmanager
+def _locked(paths: SweepPaths) -> Iterator[None]:
+    """Hold the sweep directory; the kernel lets go when the process dies, so a crash leaves no false alarm."""
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(paths.lock, timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        holder = paths.lock_holder.read_text() if paths.lock_holder.exists() else "another process"
+        raise Refused(f"{paths.root} is in use by {holder}; wait for it, or give this sweep another `name`") from error
+    except OSError as error:
+        raise Refused(
+            f"storage: cannot write to {paths.root} ({error.strerror}); name a directory that is yours"
+        ) from error
+    try:
+        paths.lock_holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
+    """A Ray cluster for as long as the block lasts; gives the number of trials that fit side by side."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
+    ray.init(
+        address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    try:
+        has = ray.cluster_resources()
+        wanted = {"CPU": cpus, "GPU": gpus}
+        for kind, amount in wanted.items():
+            if amount > has.get(kind, 0):
+                raise Refused(
+                    f"resources.{kind.lower()}s: a trial asks for {amount:g} {kind}, the cluster has"
+                    f" {has.get(kind, 0):g}; ask for less, or join a cluster that has them with --address"
+                )
+        yield int(min(has[kind] // amount for kind, amount in wanted.items() if amount))
+    finally:
+        ray.shutdown()
+
+
+def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
+    """Refuse to go on with a sweep directory that holds another spec."""
+    if not paths.spec.exists():
+        return
+    changed = specs.changes(specs.load(paths.spec, inputs=False), spec)
+    if changed:
+        raise Refused(
+            f"{paths.root} holds a sweep with another spec:\n  "
+            + "\n  ".join(changed)
+            + "\nGive this one another `name`, restore the old values, or move the directory away."
+        )
+
+
+def _open(spec: SweepSpec, paths: SweepPaths, content_hash: str) -> Ledger:
+    """The ledger of a new or a recorded sweep."""
+    try:
+        ledger = Ledger.at_url(spec.ledger, spec.name) if spec.ledger else open_journal(paths.ledger, spec.name)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if ledger.noted("sweep_id") is None:
+        ledger.note("content_hash", content_hash)
+        ledger.note("environment", _environment())
+        ledger.note("sweep_id", secrets.token_hex(4))
+    if ledger.noted("content_hash") != content_hash:
+        raise Refused(
+            f"model or data are not those that {paths.root} was begun with: recorded"
+            f" {ledger.noted('content_hash')[:12]}, found {content_hash[:12]}."
+            " Give this sweep another `name`, restore the files, or move the directory away."
+        )
+    header = "".join(f"# {name}: {value}\n" for name, value in ledger.noted("environment").items())
+    paths.spec.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(spec)}")
+    return ledger
+
+
+def _environment() -> dict[str, str]:
+    """Versions and git commit that a sweep was begun with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return versions | {"git commit": commit.stdout.strip() or "none"}
+
+
+def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
+    """What all trials have in common; the data are tokenised here, once per sweep."""
+    budget = spec.budget.per_trial
+    if spec.trainable == "toy":
+        return Job(model="", tokens="", budget=budget)
+    assert spec.model is not None
+    assert spec.data is not None
+    prepared = data.prepare(spec.data, spec.model, paths.tokens)
+    for note in prepared.notes:
+        listener.note(note)
+    return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
+
+
+def _usual_default(space: Space) -> list[dict[str, Any]]:
+    """The documented defaults as the first trial, when the space has them: a sweep should beat what people use."""
+    try:
+        return [space.params_of({})]
+    except ValueError:
+        return []
+
+
+class _DrainWatch(tune.Callback, tune.Stopper):
+    """Ends Tune's loop when the sweep drains and the last running trial has left."""
+
+    def __init__(self, drain: Drain) -> None:
+        self._drain = drain
+        self._running = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Ray writes its pieces to disk for a restore that is never used."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._running = sum(trial.status == "RUNNING" for trial in trials)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._drain() and self._running == 0
+
+
+def _tune(
+    searcher: LedgerSearcher, scheduler: LedgerScheduler, drain: Drain, paths: SweepPaths, cpus: float, gpus: float
+) -> None:
+    """Let Ray Tune run what the searcher hands out."""
+    shutil.rmtree(paths.ray, ignore_errors=True)  # of an earlier driver: nothing in it is ever read
+    watch = _DrainWatch(drain)
+    tuner = tune.Tuner(
+        tune.with_resources(SlicedTrial, {"cpu": cpus, "gpu": gpus}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when it is done
+            reuse_actors=True,
+            trial_name_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
+            trial_dirname_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
+        ),
+        run_config=tune.RunConfig(
+            name=paths.ray.name,
+            storage_path=str(paths.root),
+            callbacks=[watch],
+            stop=watch,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    tuner.fit()

@@ -1,0 +1,84 @@
+"""The Ray Searcher of a sweep: hands out unfinished trials first, then asks the study."""
+
+from collections.abc import Callable
+from typing import Any
+
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from sweep.study import Entry, Ledger, Proposal, SpaceExhausted
+
+
+class LedgerSearcher(Searcher):
+    """Every trial of the ledger that has no end yet, by number, then new ones up to `trials` in total.
+
+    Holds the limit on concurrent trials itself, because Ray asks for one trial more than can run; learns of ends from
+    the ledger, because Ray does not tell a searcher of all of them.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        trials: int,
+        concurrency: int,
+        propose: Callable[[list[Entry]], Proposal],
+        settle: Callable[[int], bool],
+        assign: Callable[[Entry], Any],
+        draining: Callable[[], bool],
+        started: Callable[[Entry], None],
+    ) -> None:
+        """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open."""
+        super().__init__(metric="validation_loss", mode="min")
+        self._ledger = ledger
+        self._trials = trials
+        self._concurrency = concurrency
+        self._propose = propose
+        self._assign = assign
+        self._draining = draining
+        self._started = started
+        self._unfinished = [
+            entry.number for entry in ledger.entries() if entry.state is TrialState.RUNNING and not settle(entry.number)
+        ]
+        self._handed_out: set[int] = set()
+        self.exhausted: str | None = None
+        """Why no further trial could be proposed, once that happened."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """What a process gets; None when as many trials run as may; FINISHED when there is nothing left to do."""
+        if self._draining():
+            return Searcher.FINISHED
+        self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
+        if len(self._handed_out) >= self._concurrency:
+            return None
+        entry = self._next()
+        if entry is None:
+            return Searcher.FINISHED
+        self._handed_out.add(entry.number)
+        self._started(entry)
+        return {"assignment": self._assign(entry)}
+
+    def _next(self) -> Entry | None:
+        if self._unfinished:
+            return self._ledger.entry(self._unfinished.pop(0))
+        entries = self._ledger.entries()
+        if len(entries) >= self._trials:
+            return None
+        try:
+            return self._ledger.add(self._propose(entries))
+        except SpaceExhausted as end:
+            self.exhausted = str(end)
+            return None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: the scheduler has told the ledger."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is what a sweep goes on from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Ray writes its pieces to disk for a restore that is never used."""
+        return {}
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""

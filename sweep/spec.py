@@ -1,0 +1,407 @@
+"""The whole YAML file as one typed, frozen object, or everything that is wrong with it, each with its line."""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+
+from sweep import document
+from sweep import space as spaces
+from sweep.document import Problem as Problem
+from sweep.document import SpecError as SpecError
+from sweep.space import DEFAULTS, Space
+from sweep.validation import Faults, Key, did_you_mean, gathering, listed, shown, unknown_key, validated
+from trainables.config import DataConfig
+from trainables.protocol import Budget as TrialBudget
+
+RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", "steps"): ("budget", "epochs")}
+"""Setting one of these on the command line removes the other one that the file has."""
+
+FREE = {"budget.hours", "search.trials", "storage", "ledger"}
+"""Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
+FREE_SECTIONS = {"tracking", "resources", "preemption", "checkpoint"}
+ROWS = {"data.train", "data.validation", "data.test"}
+"""Keys whose files may move: what lies there is compared by its content."""
+
+FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gguf", ".safetensors"}
+"""What ends in one of these is a file and no Hub id."""
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+
+
+def _file_name(name: str) -> str:
+    if len(name) > 100 or ".." in name or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            "should be a file name of at most 100 letters, digits, '.', '_' and '-', without '..', that starts with a"
+            " letter, a digit or '_'"
+        )
+    return name
+
+
+def _url(text: str) -> str:
+    if "://" not in text:
+        raise ValueError("should be an Optuna storage URL such as sqlite:///sweep.db")
+    return text
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("should be a whole number when it is above 1 (Ray shares single GPUs only)")
+    return gpus
+
+
+class Section(BaseModel):
+    """A mapping in the file: no key but these, no value of another type."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Budget(Section):
+    """How long a trial trains, how often it is scored, and how long the sweep may take."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; this or `steps`."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps, at least one for each evaluation; this or `epochs`."""
+    evaluations: Annotated[int, Field(ge=1)] = 5
+    """Equal parts that the budget is cut into; the validation loss is taken at the end of each."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours after which the sweep ends in a state that can be resumed; without it, it runs to the end."""
+
+    @property
+    def per_trial(self) -> TrialBudget:
+        """What a trial is told of it."""
+        return TrialBudget(self.epochs, self.steps, self.evaluations)
+
+
+class Search(Section):
+    """How many configurations are tried, and how they are chosen."""
+
+    trials: Annotated[int, Field(ge=1)]
+    """Trials in total, those of earlier runs of the sweep included."""
+    sampler: Literal["tpe", "random", "grid", "gp"] = "tpe"
+    """How Optuna proposes; `grid` wants lists of values, `gp` early_stopping: false."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """With the ledger it decides what is proposed."""
+    first: tuple[dict[str, Any], ...] = ()
+    """Configurations to try before the sampler is asked; what an entry does not name is as the space fixes it, else the
+    documented default."""
+
+
+class EarlyStopping(Section):
+    """ASHA: a trial goes on only when it is among the best at its rungs."""
+
+    grace: Annotated[int, Field(ge=1)] = 1
+    """Evaluations that every trial gets."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """At each rung the best 1/reduction go on; rungs are this factor apart."""
+
+
+class Tracking(Section):
+    """Weights & Biases."""
+
+    project: Annotated[str, Field(min_length=1)] | None = None
+    """W&B project; the sweep's name unless given."""
+    entity: Annotated[str, Field(min_length=1)] | None = None
+    """W&B user or team; the key's own unless given."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online with a key and offline without."""
+
+
+class Resources(Section):
+    """What one trial gets, and how many run at a time."""
+
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores of a trial."""
+    gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = 0.0
+    """GPUs of a trial; 0.5 puts two on one."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Trials at a time; as many as the machine has room for unless given."""
+
+
+class Preemption(Section):
+    """What happens when the machine is taken away."""
+
+    grace: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that trials have to checkpoint after a signal."""
+
+
+class CheckpointPolicy(Section):
+    """How often trials are saved, and what is kept."""
+
+    every: Annotated[float, Field(gt=0)] = 5.0
+    """Minutes between two checkpoints of a trial, besides those of its best evaluations."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Best ended trials whose checkpoints are kept."""
+
+
+class SweepSpec(Section):
+    """One sweep. Made by `load`, which resolves paths; every instance is free of contradictions."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
+    """Names the sweep's directory, its study and its W&B group."""
+    trainable: Literal["qlora_sft", "toy"] = "qlora_sft"
+    """What a trial trains; `toy` is a formula that answers in milliseconds and needs neither model nor data."""
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """Base model: directory or Hub id."""
+    data: DataConfig | None = None
+    """Training and validation rows."""
+    budget: Budget
+    """How long a trial trains."""
+    search: Search
+    """How configurations are chosen."""
+    early_stopping: EarlyStopping | Literal[False] = EarlyStopping()
+    """ASHA; false trains every trial to its end."""
+    space: Space
+    """What is searched, by field of the configuration: a plain value is fixed, a mapping is searched."""
+    tracking: Tracking = Tracking()
+    """Weights & Biases."""
+    resources: Resources = Resources()
+    """What a trial gets."""
+    storage: Annotated[str, Field(min_length=1)] = "sweeps"
+    """Where sweep directories are made: a directory, relative to the working directory, or a URL such as s3://…."""
+    ledger: Annotated[str, AfterValidator(_url)] | None = None
+    """Any Optuna storage URL; a journal file in the sweep directory unless given. A must when `storage` is a URL."""
+    preemption: Preemption = Preemption()
+    """What happens when the machine is taken away."""
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    """How often trials are saved."""
+
+    @model_validator(mode="after")
+    def _is_free_of_contradictions(self) -> Self:
+        found = list(_contradictions(dict(_flat(self))))
+        if found:
+            raise ValueError("; ".join(f"{'.'.join(map(str, key))}: {text}" for key, text in found))
+        return self
+
+
+def keys(section: type[BaseModel] = SweepSpec, above: str = "") -> dict[str, FieldInfo]:
+    """Every key of the file, dotted, with its type, default and description. `space` holds its own names."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        inner = _section(field)
+        found |= keys(inner, f"{above}{name}.") if inner else {f"{above}{name}": field}
+    return found
+
+
+def load(path: Path, overrides: Sequence[str] = (), *, inputs: bool = True) -> SweepSpec:
+    """The spec in the YAML file at `path`, changed by `overrides` such as `budget.steps=40` (the value is YAML).
+
+    Paths of model and data, also in overrides, start at the file's directory and come out absolute; a Hub id stays as
+    it is. Setting one of budget.steps and budget.epochs removes the other. Raises SpecError with every problem of the
+    file at once. With `inputs` false the model and data that it names may be missing, as in a recorded spec.
+    """
+    found = document.read(path)
+    if not isinstance(found.data, dict):
+        raise SpecError([found.problem((), f"received {shown(found.data)}, should be a mapping: name: …, space: …")])
+    wrong_overrides = [document.override(found, assignment, RIVALS) for assignment in overrides]
+    problems = [*filter(None, wrong_overrides), *found.problems(_check(found.data, path.absolute().parent, inputs))]
+    if problems:
+        raise SpecError(problems)
+    return SweepSpec.model_validate_json(json.dumps(_resolved(found.data, path.absolute().parent)))
+
+
+def dump(spec: SweepSpec) -> str:
+    """The spec as YAML with every default written out; `load` makes an equal one of it, wherever the file lies."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 4096  # no line is folded
+    yaml.dump(spec.model_dump(mode="json", exclude_none=True), stream)
+    return stream.getvalue()
+
+
+def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
+    """What differs between two specs and may not while a sweep is under way: one line for each key or field.
+
+    Of local rows the caller must compare the content (`trainables.data.content_hash`): their paths may differ.
+    """
+
+    def free(key: str, was: object, now: object) -> bool:
+        moved = key in ROWS and all(isinstance(path, str) and Path(path).is_absolute() for path in (was, now))
+        return moved or key in FREE or key.partition(".")[0] in FREE_SECTIONS
+
+    before, after = (dict(_flat(spec)) for spec in (recorded, asked))
+    pairs = [(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]) if key != "space"]
+    old, new = recorded.space.plain(), asked.space.plain()
+    pairs += [(f"space.{name}", old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
+    return [
+        f"{key}: recorded {shown(was)}, asked {shown(now)}"
+        for key, was, now in pairs
+        if was != now and not free(key, was, now)
+    ]
+
+
+def _check(data: Mapping[str, Any], directory: Path, inputs: bool) -> Iterator[tuple[Key, str]]:
+    """Everything that is wrong with the plain values of a file."""
+    sound: dict[str, Any] = {}
+    yield from _check_section(SweepSpec, data, (), sound)
+    yield from _contradictions(sound)
+    for key in ("model", "data.train", "data.validation", "data.test"):
+        if inputs and isinstance(value := sound.get(key), str) and (problem := _missing(value, directory)):
+            yield tuple(key.split(".")), problem
+
+
+def _check_section(section: type[BaseModel], data: Mapping[str, Any], above: Key, sound: dict[str, Any]) -> Faults:
+    """What is wrong with single values; those in order are added to `sound` under their dotted key."""
+    elsewhere = [*keys(), *(f"space.{field}" for field in DEFAULTS)]
+    unknown = [name for name in data if name not in section.model_fields]
+    faults: Faults = [((*above, name), unknown_key(name, section.model_fields, elsewhere)) for name in unknown]
+    for name, field in section.model_fields.items():
+        key, inner = (*above, name), _section(field)
+        dotted = ".".join(map(str, key))
+        if name not in data and field.is_required():
+            faults.append((key, "is missing"))
+        elif inner and (isinstance(data.get(name), dict) or (name not in data and field.default is not None)):
+            sound[dotted] = True
+            faults += _check_section(inner, data.get(name, {}), key, sound)
+        elif name not in data:
+            sound[dotted] = field.default
+        elif inner and not any(data[name] is plain for plain in _instead(field)):
+            instead = listed([f"a mapping ({', '.join(inner.model_fields)})", *map(shown, _instead(field))])
+            faults.append((key, f"received {shown(data[name])}, should be {instead}"))
+        else:
+            with gathering(faults, *key):
+                sound[dotted] = validated(field, data[name])
+    return faults
+
+
+def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What is wrong between values. `found` has those that are in order by themselves, by dotted key, and is not asked
+    for others: of what depends on them nothing is told."""
+
+    def given(*dotted: str) -> bool:
+        return all(found.get(key) is not None for key in dotted)
+
+    if found.keys() >= {"budget.epochs", "budget.steps"} and given("budget.epochs") == given("budget.steps"):
+        received = "both" if given("budget.steps") else "neither"
+        yield ("budget",), f"received {received} of epochs and steps, should be exactly one"
+    if given("budget.steps", "budget.evaluations") and found["budget.steps"] < found["budget.evaluations"]:
+        steps, evaluations = found["budget.steps"], found["budget.evaluations"]
+        yield ("budget", "steps"), f"received {steps}, should be at least one for each of the {evaluations} evaluations"
+    if given("early_stopping.grace", "budget.evaluations"):
+        grace, evaluations = found["early_stopping.grace"], found["budget.evaluations"]
+        if grace > evaluations:
+            yield ("early_stopping", "grace"), f"received {grace}, should be at most the {evaluations} evaluations"
+    if found.get("trainable") == "qlora_sft":
+        for key in ("model", "data"):
+            if key in found and found[key] is None:
+                yield (key,), "is missing; only trainable: toy goes without"
+        if given("resources.gpus") and found["resources.gpus"] > 1:
+            yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
+    if given("storage") and "://" in found["storage"] and "ledger" in found and not given("ledger"):
+        text = f"received {shown(found['storage'])}, no directory that could hold the ledger; give its URL as ledger"
+        yield ("storage",), text
+    if found.get("search.sampler") == "gp" and found.get("early_stopping"):
+        yield ("search", "sampler"), "received gp, which learns from complete trials only; set early_stopping: false"
+    if given("space"):
+        yield from _contradictions_of_space(found["space"], found.get("search.sampler"), found.get("search.trials"))
+    yield from _contradictions_of_first(found.get("search.first", ()), found.get("space"), found.get("search.trials"))
+
+
+def _contradictions_of_space(space: Space, sampler: str | None, trials: int | None) -> Iterator[tuple[Key, str]]:
+    if trials is not None and trials > 1 and not space.searched:
+        text = f"nothing is searched, so all {trials} trials would be equal; search a field or set search.trials: 1"
+        yield ("space",), text
+    if sampler == "grid":
+        for name in space.continuous:
+            yield ("space", name), "a range of real numbers has no grid; write {values: [...]} or take another sampler"
+
+
+def _contradictions_of_first(
+    first: Sequence[Mapping[str, Any]], space: Space | None, trials: int | None
+) -> Iterator[tuple[Key, str]]:
+    if trials is not None and len(first) > trials:
+        yield ("search", "first"), f"received {len(first)} configurations, more than the {trials} trials"
+    faults: Faults = []
+    earlier: dict[int, dict[str, Any]] = {}
+    for index, entry in enumerate(first):
+        key = ("search", "first", index)
+        if space is None:  # it has faults of its own
+            for name, raw in entry.items():
+                with gathering(faults, *key, name):
+                    spaces.checked(name, raw)
+            continue
+        with gathering(faults, *key):
+            params = space.params_of(entry)
+            faults += [(key, f"is the same configuration as entry {n}") for n, p in earlier.items() if p == params]
+            earlier[index] = params
+    yield from faults
+
+
+def _flat(section: BaseModel, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key; a section that is there counts as True."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        inner = isinstance(value, BaseModel)
+        yield f"{above}{name}", True if inner else value
+        if inner:
+            yield from _flat(value, f"{above}{name}.")
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The type of a key that holds a mapping of keys."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _instead(field: FieldInfo) -> list[object]:
+    """Plain values that may stand where a section would."""
+    kinds = get_args(field.annotation)
+    return ([None] if NoneType in kinds else []) + ([False] if Literal[False] in kinds else [])
+
+
+def _resolved(data: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The values of a file with absolute paths."""
+
+    def resolve(section: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        paths = {name: _path(section[name], directory) for name in names if isinstance(section.get(name), str)}
+        return {**section, **{name: str(path) for name, path in paths.items() if path}}
+
+    resolved = resolve(data, ["model"])
+    if isinstance(data.get("data"), dict):
+        resolved["data"] = resolve(data["data"], ["train", "validation", "test"])
+    if str(data.get("storage", "")).startswith("~/"):
+        resolved["storage"] = str(Path(data["storage"]).expanduser())
+    return resolved
+
+
+def _path(text: str, directory: Path) -> Path | None:
+    """The absolute path that `text` names, seen from `directory`; None when it is a Hub id."""
+    path = directory / (Path(text).expanduser() if text.startswith("~/") else text)
+    if _exists(path):
+        return path.parent.resolve() / path.name  # a link keeps its name, and with it its suffix
+    meant = text.startswith((".", "/", "~")) or path.suffix in FILE_SUFFIXES or ("/" in text and _exists(path.parent))
+    return path if meant or not HUB_ID.fullmatch(text) else None
+
+
+def _missing(text: str, directory: Path) -> str | None:
+    """What is wrong when `text` names a file that is not there."""
+    if not text:
+        return 'received "", should not be empty'
+    path = _path(text, directory)
+    if path is None:
+        if _exists(Path(text)):
+            return f"received {shown(text)}, seen from the working directory; paths start at {directory}"
+        return None
+    if _exists(path):
+        return None
+    near = [sibling.name for sibling in path.parent.iterdir()] if _exists(path.parent) else []
+    return f"received {shown(text)}, but there is no {path}{did_you_mean(path.name, near)}"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long
+        return False

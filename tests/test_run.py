@@ -1,0 +1,180 @@
+"""`python -m sweep run` on the toy trainable: the whole of the framework through real Ray and Optuna."""
+
+import json
+import signal
+from itertools import pairwise
+
+import pytest
+from optuna.trial import TrialState
+
+from tests import sweeps
+from trainables import checkpoint
+
+
+@pytest.fixture
+def space(tmp_path):
+    file = tmp_path / "toy.yaml"
+    file.write_text(sweeps.TOY)
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A whole sweep, run once."""
+    file = tmp_path_factory.mktemp("undisturbed") / "toy.yaml"
+    file.write_text(sweeps.TOY)
+    done = sweeps.run(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return file, done, sweeps.entries(file)
+
+
+def test_a_whole_sweep(undisturbed):
+    _, done, entries = undisturbed
+    assert len(entries) == 8
+    assert {entry.state for entry in entries} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert len({entry.config for entry in entries}) == 8
+    assert (entries[0].config.r, entries[0].config.alpha, entries[0].config.learning_rate) == (16, 32, 2e-4)
+    assert 0 in entries[0].losses
+    for entry in entries:
+        evaluations = [k for k in entry.losses if k > 0]
+        assert evaluations == list(range(1, len(evaluations) + 1))
+        assert (entry.state is TrialState.COMPLETE) == (len(evaluations) == 9)
+        assert entry.cost.steps == round(60 * len(evaluations) / 9)
+    assert done.stderr == ""
+    assert "Ranking by best validation loss" in done.stdout
+    assert "base model" in done.stdout
+    assert "usual default" in done.stdout
+
+
+def test_best_is_the_best_checkpoint(undisturbed):
+    space, done, entries = undisturbed
+    winner = min((e for e in entries if e.best), key=lambda e: e.best[1])
+    best = json.loads((space.parent / "sweeps/toy/best/sweep.json").read_text())
+    assert best["trial"] == winner.number
+    assert best["validation_loss"] == winner.best[1]
+    assert best["config"] == winner.config.model_dump(mode="json")
+    assert f"winner                {winner.best[1]:.4f}" in done.stdout
+    kept = [p for p in (space.parent / "sweeps/toy/trials").glob("*/step-*")]
+    assert len(kept) == 3  # checkpoint.keep
+    found = checkpoint.newest(space.parent / f"sweeps/toy/trials/{winner.number:03d}")
+    assert found.loss == winner.best[1]
+
+
+def test_running_again_changes_nothing_and_more_trials_extend(undisturbed):
+    space, _, entries = undisturbed
+    again = sweeps.run(space)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(entries)
+    more = sweeps.run(space, "--set", "search.trials=9")
+    assert more.returncode == 0, more.stdout + more.stderr
+    extended = sweeps.entries(space)
+    assert len(extended) == 9
+    assert sweeps.history(extended[:8]) == sweeps.history(entries)
+
+
+def test_another_spec_in_the_same_directory_is_refused(undisturbed):
+    space, _, _ = undisturbed
+    refused = sweeps.run(space, "--set", "budget.steps=90", "--set", "search.seed=6")
+    assert refused.returncode == 2
+    assert "budget.steps" in refused.stderr
+    assert "search.seed" in refused.stderr
+    assert "another `name`" in refused.stderr
+
+
+def test_killed_and_run_again(undisturbed, space):
+    """SIGKILL in the middle: the same command ends where an undisturbed sweep does, to the last bit."""
+    _, _, expected = undisturbed
+    kills = 0
+    for progress in (2, 11):  # evaluations in the ledger at the moment of the kill
+        process = sweeps.start(space, TOY_STEP_SECONDS="0.02")
+        sweeps.wait_until(lambda seen=progress: sweeps.reported(space) >= seen, process)
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills == 2
+    assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space))
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_preempted_and_run_again(undisturbed, space, number):
+    """A signal: the running trial writes a checkpoint, exit code 75, the same command goes on."""
+    _, _, expected = undisturbed
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.6")  # several slices to an evaluation
+    first = space.parent / "sweeps/toy/trials/000"
+    sweeps.wait_until(lambda: sweeps.reported(space) == 2, process)  # the base's, and the first
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, output
+    assert "The same command goes on: python -m sweep run" in output
+    assert checkpoint.newest(first).step not in (0, *(round(60 * k / 9) for k in range(1, 10)))  # between evaluations
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = sweeps.entries(space)
+    assert sweeps.history(after) == sweeps.history(expected)
+    assert after[0].cost.steps == expected[0].cost.steps  # nothing was trained twice
+
+
+def test_hours_end_a_sweep_that_can_go_on(space):
+    done = sweeps.run(space, "--set", "budget.hours=0.003", TOY_STEP_SECONDS="0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "budget.hours 0.003 is used up" in done.stdout
+    assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space))
+
+
+def test_second_driver_is_refused(space):
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
+    try:
+        sweeps.wait_until((space.parent / "sweeps/toy/study.log").exists, process)
+        refused = sweeps.run(space)
+        assert refused.returncode == 2
+        assert f"is in use by process {process.pid} on" in refused.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_exhausted_space_ends_the_sweep(space):
+    text = sweeps.TOY.replace("r: {values: [4, 8, 16, 32]}", "r: {values: [8, 16]}")
+    text = text.replace("learning_rate: {min: 2e-5, max: 2e-3, log: true}", "learning_rate: 2e-4")
+    text = text.replace("quant_type: {values: [nf4, fp4]}", "quant_type: nf4")
+    space.write_text(text)
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 4 configurations of the space have been tried" in done.stdout
+    assert len(sweeps.entries(space)) == 4
+
+
+def test_diverged_trials_fail_and_a_sweep_of_nothing_else_exits_with_1(space):
+    done = sweeps.run(space, "--set", "space.learning_rate={min: 0.1, max: 0.5}", "--set", "search.trials=2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for entry in sweeps.entries(space):
+        assert entry.state is TrialState.FAIL
+        assert entry.reason == "training loss is nan at step 1"
+    assert "No trial finished" in done.stdout
+
+
+def test_trials_side_by_side(space):
+    done = sweeps.run(space, "--set", "resources={cpus: 0.5, concurrency: 3}", TOY_STEP_SECONDS="0.01")
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = sweeps.entries(space)
+    assert [entry.number for entry in entries] == list(range(8))
+    assert all(entry.state.is_finished() for entry in entries)
+    starts = sorted((e.trial.datetime_start, e.trial.datetime_complete) for e in entries)
+    assert any(later[0] < earlier[1] for earlier, later in pairwise(starts))
+
+
+def test_a_gpu_asked_for_and_none_present(space):
+    refused = sweeps.run(space, "--set", "resources.gpus=1")
+    assert refused.returncode == 2
+    assert "resources.gpus: a trial asks for 1 GPU, the cluster has 0" in refused.stderr
+    assert not (space.parent / "sweeps/toy/study.log").exists()
+
+
+def test_storage_that_is_no_directory(space):
+    (space.parent / "sweeps").write_text("a file")
+    refused = sweeps.run(space)
+    assert refused.returncode == 2
+    assert "storage: cannot write to" in refused.stderr

@@ -1,0 +1,448 @@
+"""W&B, read back from wandb's own files with its own reader, and from a server on loopback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep import tracking
+from sweep.tracking import Tracking
+from tests.wandb_server import WandbServer, serve
+from trainables.config import QLoRAConfig
+from trainables.protocol import Evaluation, Slice, Step
+
+KEY = "0123456789planted0123456789planted012345"
+
+
+@pytest.fixture(autouse=True)
+def fresh_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """wandb as in a process just started on a machine without a key, and with nobody to talk to."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "_offline_until", 0.0)
+    yield
+    tracking._close_wandb()
+    tracking.notes()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that wandb in this process and its children talks to, with a key."""
+    with serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Tracking:
+    return Tracking("project", None, "pricer", "offline", str(tmp_path / "sweep"))
+
+
+@pytest.fixture
+def online(tmp_path: Path, server: WandbServer) -> Tracking:
+    return Tracking("project", None, "pricer", "online", str(tmp_path / "sweep"))
+
+
+def trained(first: int, last: int, evaluation: Evaluation | None = None) -> Slice:
+    steps = tuple(
+        Step(n, loss=1 / n, learning_rate=2e-4, grad_norm=0.5, tokens=300, seconds=2.0) for n in range(first, last + 1)
+    )
+    return Slice(steps, evaluation, failure=None, done=False, peak_memory=0)
+
+
+def record(
+    to: Tracking, run_id: str, *slices: Slice, state: tracking.State = "complete", **summary: object
+) -> tracking.Run:
+    """One attempt of a run, from start to finish; it is not waited for."""
+    run = tracking.start(to, run_id, f"run {run_id}", {"r": 16})
+    for happened in slices:
+        tracking.log(run, happened)
+    tracking.finish(run, state, summary)
+    return run
+
+
+def fragments(to: Tracking, run_id: str) -> list[Path]:
+    return sorted(Path(to.directory).glob(f"wandb/*run-*/run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime)
+
+
+def records(fragment: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that wandb wrote to a file, by type."""
+    from wandb.util import get_core_path
+
+    inspect = [  # what `wandb leet inspect --json` calls
+        get_core_path(),
+        "leet",
+        "inspect",
+        "--json",
+        "--no-observability",
+        "--run-file",
+        fragment,
+        fragment.parent,
+    ]
+    printed = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in printed.splitlines():
+        content = json.loads(line)
+        found.setdefault(content["type"], []).append(content[content["type"]])
+    return found
+
+
+def history(fragment: Path) -> list[dict[str, Any]]:
+    return [row["item"] for row in records(fragment).get("history", [])]
+
+
+def seen(rows: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Steps trained and steps evaluated at, in the order recorded."""
+    return (
+        [row["train/global_step"] for row in rows if "train/loss" in row],
+        [row["train/global_step"] for row in rows if "eval/loss" in row],
+    )
+
+
+def final(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The summary that all updates add up to."""
+    return {name: value for update in found["summary"] for name, value in update["update"].items()}
+
+
+def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixture[str]) -> None:
+    config = QLoRAConfig(r=8, target_modules=("q_proj", "v_proj")).model_dump()
+    run = tracking.start(offline, "id7", "007 r8", config | {"trial": 7, "model": "m", "sweep": "pricer"})
+    tracking.log(run, Slice((), Evaluation(0, 0, 3.5), None, False, 0))
+    tracking.log(run, trained(1, 2))
+    tracking.log(run, trained(3, 4, Evaluation(1, 4, 2.5)))
+    tracking.finish(run, "stopped", {"best_eval_loss": 2.5, "best_step": 4, "stop_reason": "rung 1"})
+    tracking.wait()
+
+    found = records(fragments(offline, "id7")[0])
+    [opened] = found["run"]
+    assert (opened["run_id"], opened["display_name"], opened["run_group"], opened["project"]) == (
+        "id7",
+        "007 r8",
+        "pricer",
+        "project",
+    )
+    written = opened["config"]["update"]
+    assert written["r"] == 8
+    assert written["learning_rate"] == 2e-4
+    assert written["quant_type"] == "nf4"
+    assert written["trial"] == 7
+    assert not [name for name, value in written.items() if isinstance(value, dict) and name != "_wandb"]
+    rows = [row["item"] for row in found["history"]]
+    assert seen(rows) == ([1, 2, 3, 4], [0, 4])
+    assert {name: value for name, value in rows[2].items() if name[0] != "_"} == {
+        "train/global_step": 2,
+        "train/loss": 0.5,
+        "train/learning_rate": 2e-4,
+        "train/grad_norm": 0.5,
+        "train/tokens_per_second": 150.0,
+    }
+    assert [row["eval/loss"] for row in rows if "eval/loss" in row] == [3.5, 2.5]
+    against = {metric["glob_name"]: metric["step_metric"] for metric in found["metric"] if "glob_name" in metric}
+    assert against == {"train/*": "train/global_step", "eval/*": "train/global_step"}
+    summary = final(found)
+    assert (summary["best_eval_loss"], summary["best_step"], summary["state"]) == (2.5, 4, "stopped")
+    assert summary["stop_reason"] == "rung 1"
+    assert any(name.startswith("proc.memory") for sample in found["stats"] for name in json.dumps(sample).split('"'))
+    assert not found.keys() & {"output", "output_raw", "files"}
+    assert "git" not in json.dumps(found["environment"])
+    assert capfd.readouterr() == ("", "")
+    assert tracking.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "preempting"),
+    [("complete", 0, False), ("stopped", 0, False), ("failed", 1, False), ("preempted", 1, True)],
+)
+def test_states(offline: Tracking, state: tracking.State, exit_code: int, preempting: bool) -> None:
+    record(offline, "id", trained(1, 1), state=state)
+    tracking.wait()
+    found = records(fragments(offline, "id")[0])
+    assert found["exit"] == [{"exit_code": exit_code}]
+    assert ("preempting" in found) == preempting
+    assert final(found)["state"] == state
+
+
+def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
+    runs = [record(offline, f"id{n}", trained(n, n + 2)) for n in (1, 2, 3)]
+    tracking.wait()
+    assert not any(run.thread.is_alive() for run in runs)
+    assert [seen(history(fragments(offline, f"id{n}")[0]))[0] for n in (1, 2, 3)] == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+def test_disabled_writes_nothing(tmp_path: Path) -> None:
+    off = Tracking("project", None, "pricer", "disabled", str(tmp_path / "sweep"))
+    record(off, "id", trained(1, 3))
+    tracking.wait()
+    assert not Path(off.directory).exists()
+
+
+def test_offline_contacts_nobody(offline: Tracking, server: WandbServer) -> None:
+    record(offline, "id", trained(1, 3))
+    tracking.wait()
+    tracking._close_wandb()  # what wandb does when a process ends
+    assert len(history(fragments(offline, "id")[0])) == 3
+    assert server.requests == []
+
+
+def test_attempts_add_up_offline_and_when_synced(offline: Tracking, server: WandbServer) -> None:
+    evaluations = [Evaluation(n, 4 * n, 3.0 - n) for n in range(4)]
+    before = [Slice((), evaluations[0], None, False, 0), trained(1, 4, evaluations[1]), trained(5, 8, evaluations[2])]
+    record(offline, "id", *before, trained(9, 10), state="preempted")
+    tracking.wait()
+    again = [trained(5, 8, evaluations[2]), trained(9, 12, evaluations[3])]  # from the checkpoint at step 4
+    record(offline, "id", *again, best_eval_loss=0.0)
+    tracking.wait()
+
+    first, second = (seen(history(fragment)) for fragment in fragments(offline, "id"))
+    assert first == (list(range(1, 11)), [0, 4, 8])
+    assert second == ([11, 12], [12])
+
+    sync = [sys.executable, "-m", "wandb", "sync", "--yes", f"{offline.directory}/wandb"]
+    subprocess.run(sync, check=True, capture_output=True)
+    run = server.runs["id"]
+    assert seen(run.rows) == (list(range(1, 13)), [0, 4, 8, 12])
+    assert [row["_step"] for row in run.rows] == list(range(16))
+    assert run.summary["state"] == "complete"
+
+
+LOGS_UNTIL_KILLED = """
+import os, sys, time
+from itertools import count
+from sweep import tracking
+from trainables.protocol import Slice, Step
+run = tracking.start(tracking.Tracking("project", None, "pricer", sys.argv[1], sys.argv[2]), "id", "name", {})
+for n in count(1):
+    tracking.log(run, Slice((Step(n, 1.0, 0.1, 1.0, 10, 0.1),), None, None, False, 0))
+    print(n, time.time(), flush=True)
+    time.sleep(0.02)
+"""
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_kill_9_loses_no_more_than_the_last_moment(offline: Tracking, server: WandbServer, mode: tracking.Mode) -> None:
+    trial = subprocess.Popen(
+        [sys.executable, "-c", LOGS_UNTIL_KILLED, mode, offline.directory], stdout=subprocess.PIPE, text=True
+    )
+    assert trial.stdout is not None
+    times = {}
+    since_opened = 0
+    for line in trial.stdout:
+        step, when = line.split()
+        times[int(step)] = float(when)
+        since_opened += bool(fragments(offline, "id"))
+        if since_opened == 150:  # three seconds
+            break
+    killed = time.time()
+    for pid in [*children(trial.pid), trial.pid]:  # wandb's own process first, so that it cannot tidy up
+        os.kill(pid, signal.SIGKILL)
+    trial.communicate()
+
+    [fragment] = fragments(offline, "id")
+    kept, _ = seen(history(fragment))
+    assert kept == list(range(1, len(kept) + 1))
+    assert set(kept) >= {step for step, when in times.items() if when < killed - 1.5}
+
+    record(offline, "id", trained(len(kept) - 20, len(kept) + 5))
+    tracking.wait()  # goes on from a checkpoint
+    assert seen(history(fragments(offline, "id")[-1]))[0] == list(range(len(kept) + 1, len(kept) + 6))
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbServer, mode: tracking.Mode) -> None:
+    to = Tracking("project", None, "pricer", mode, str(tmp_path / "sweep"))
+    run = tracking.start(to, "id", "name", {})
+    tracking.log(run, trained(1, 10))
+    while not (fragments(to, "id") and len(history(fragments(to, "id")[0])) == 10):
+        time.sleep(0.1)
+    tracking.log(run, trained(11, 20))
+    for pid in children(os.getpid()):
+        if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    tracking.log(run, trained(21, 30))
+    tracking.finish(run, "complete", {})
+    tracking.wait()
+    steps = [step for fragment in fragments(to, "id") for step in seen(history(fragment))[0]]
+    assert steps == list(range(1, 31))
+    [note] = tracking.notes()
+    assert "wandb sync" in note
+    record(to, "next", trained(1, 3))
+    tracking.wait()
+    assert len(history(fragments(to, "next")[0])) == 3
+
+
+@pytest.mark.parametrize("fault", ["hang", 401, 429, 500])
+def test_a_server_that_fails_holds_nothing_up(online: Tracking, server: WandbServer, fault: int | str) -> None:
+    server.fault = fault
+    runs = [record(online, f"id{n}", *(trained(step, step) for step in range(1, 101)), best_step=100) for n in (1, 2)]
+    assert all(
+        run.thread.is_alive() for run in runs
+    )  # they were started, logged to and finished, and nothing was opened
+    tracking.wait()
+    for run_id in ("id1", "id2"):
+        found = records(fragments(online, run_id)[-1])
+        assert fragments(online, run_id)[-1].parent.name.startswith("offline-")
+        assert len(found["history"]) == 100
+        assert final(found)["best_step"] == 100
+    [note] = tracking.notes()
+    assert online.directory in note
+    assert "wandb sync" in note
+    assert "id1" not in note
+
+
+@pytest.mark.parametrize("fault", ["hang", 500])
+def test_a_server_that_fails_later(
+    online: Tracking, server: WandbServer, fault: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tracking.start(online, "id", "name", {})
+    while "id" not in server.runs:
+        time.sleep(0.02)
+    server.fault = fault
+    tracking.log(run, trained(1, 10, Evaluation(1, 10, 2.0)))
+    tracking.finish(run, "preempted", {})
+    assert run.thread.is_alive()
+    tracking.wait()
+    assert not run.thread.is_alive()
+    assert seen(history(fragments(online, "id")[0])) == (list(range(1, 11)), [10])
+    [note] = tracking.notes()
+    assert "cut off" in note
+    assert server.runs["id"].rows == []
+
+    server.fault = None
+    monkeypatch.setattr(tracking, "_offline_until", 0.0)  # a minute later
+    record(online, "id", trained(6, 10, Evaluation(1, 10, 2.0)), trained(11, 15))
+    tracking.wait()
+    assert seen(server.runs["id"].rows) == (list(range(1, 16)), [10])
+
+
+def test_online_runs_and_their_resumption(online: Tracking, server: WandbServer) -> None:
+    record(online, "id", trained(1, 10, Evaluation(1, 10, 2.0)), state="preempted", best_step=10)
+    tracking.wait()
+    run = server.runs["id"]
+    assert run.fields["displayName"] == "run id"
+    assert run.fields["groupName"] == "pricer"
+    assert run.config["r"] == {"value": 16}
+    assert seen(run.rows) == (list(range(1, 11)), [10])
+    assert (run.summary["best_step"], run.summary["state"]) == (10, "preempted")
+    assert run.exit_code == 1
+
+    again = [trained(6, 10, Evaluation(1, 10, 2.0)), trained(11, 15, Evaluation(2, 15, 1.0))]
+    record(online, "id", *again, best_step=15)
+    tracking.wait()
+    assert seen(run.rows) == (list(range(1, 16)), [10, 15])
+    assert [row["_step"] for row in run.rows] == list(range(17))
+    assert (run.summary["best_step"], run.summary["state"], run.exit_code) == (15, "complete", 0)
+    assert tracking.notes() == []
+
+
+def test_rows_that_were_not_uploaded_any_more_are_sent_by_the_next_attempt(
+    online: Tracking, server: WandbServer
+) -> None:
+    diverged = Evaluation(1, 10, float("nan"))
+    record(online, "id", trained(1, 10, diverged), state="preempted")
+    tracking.wait()
+    run = server.runs["id"]
+    run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:4]  # as if the machine had died
+    run.summary = run.rows[-1]
+    record(online, "id", trained(9, 12))
+    tracking.wait()
+    assert seen(run.rows) == (list(range(1, 13)), [10])
+    assert [str(row["eval/loss"]) for row in run.rows if "eval/loss" in row] == ["nan"]
+
+
+def test_no_key_in_any_file_or_output(
+    online: Tracking, server: WandbServer, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    resolved = tracking.resolve("project", None, "pricer", "auto", Path(online.directory))
+    record(resolved, "good", trained(1, 3))
+    tracking.wait()
+    server.fault = 401
+    record(resolved, "bad", trained(1, 3))
+    tracking.wait()
+    assert server.runs["good"].rows
+    files = [path for path in Path(online.directory).rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    said = "".join([*capfd.readouterr(), caplog.text, *tracking.notes(), repr(resolved)])
+    assert "401" in said
+    assert KEY not in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "netrc", "expected"),
+    [
+        ("auto", {}, False, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, False, "online"),
+        ("auto", {}, True, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, False, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, False, "disabled"),
+        ("online", {"WANDB_API_KEY": KEY}, False, "online"),
+        ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, False, "online"),
+        ("offline", {"WANDB_API_KEY": KEY}, False, "offline"),
+        ("disabled", {"WANDB_API_KEY": KEY}, False, "disabled"),
+        ("online", {}, False, "there is no key for http://127.0.0.1:9; run `wandb login`"),
+        ("online", {"WANDB_API_KEY": "short"}, False, "cannot be used"),
+        ("auto", {"WANDB_API_KEY": "short"}, False, "cannot be used"),
+    ],
+)
+def test_mode_is_settled_before_anything_starts(
+    wanted: Any, settings: dict[str, str], netrc: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children(os.getpid())
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / ".netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {KEY}\n")
+    if expected in ("online", "offline", "disabled"):
+        found = tracking.resolve("project", None, "pricer", wanted, tmp_path / "sweep")
+        assert found == Tracking("project", None, "pricer", expected, str(tmp_path / "sweep"))  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ValueError, match=expected) as error:
+            tracking.resolve("project", None, "pricer", wanted, tmp_path / "sweep")
+        assert settings.get("WANDB_API_KEY", "short") not in str(error.value)
+    assert children(os.getpid()) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "searched", "name"),
+    [
+        ({}, ["r", "alpha", "learning_rate", "quant_type", "compute_dtype"], "007 r16 a32 lr2.0e-04 nf4 bf16"),
+        ({"warmup_ratio": 0.07312, "weight_decay": 1e-4}, ["warmup_ratio", "weight_decay"], "007 wu0.073 wd1.0e-04"),
+        ({"alpha": 0.5, "rslora": True}, ["alpha", "rslora", "double_quant"], "007 a0.5 rslora double_quant"),
+        ({"double_quant": False, "weight_decay": 0.0}, ["double_quant", "weight_decay"], "007 no-double_quant wd0"),
+        ({"target_modules": ("q_proj", "v_proj")}, ["target_modules", "schedule"], "007 q_proj+v_proj cosine"),
+        ({}, [], "007"),
+    ],
+)
+def test_run_names(config: dict[str, Any], searched: list[str], name: str) -> None:
+    assert tracking.run_name(7, QLoRAConfig(**config), searched) == name
+
+
+def test_every_hyperparameter_has_a_short_form() -> None:
+    name = tracking.run_name(7, QLoRAConfig(), QLoRAConfig.model_fields)
+    assert max(Counter(name.split()).values()) == 1
+
+
+def test_importing_it_imports_neither_wandb_nor_torch() -> None:
+    script = "import sys, sweep.tracking; assert not {'wandb', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], check=True)

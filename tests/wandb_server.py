@@ -1,0 +1,140 @@
+"""A stand-in for the W&B server on loopback: as much of its API as a run, its resumption and `wandb sync` need.
+
+It keeps what it is sent as W&B does: a file of rows is written at the offset that the client names, and what stood
+there is gone, so a client that does not ask how far the run got replaces the run's earlier rows.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class ServedRun:
+    """What the server knows of one run."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Variables of the latest UpsertBucket: displayName, groupName, config as JSON …"""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Lines of wandb-history.jsonl (rows), wandb-events.jsonl (system metrics) …"""
+    exit_code: int | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
+
+
+class WandbServer(ThreadingHTTPServer):
+    """`fault` decides over all requests: None answers, a number is the status of every answer, `hang` never answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.runs: dict[str, ServedRun] = {}
+        self.requests: list[str] = []
+        self.fault: int | str | None = None
+        self.closing = threading.Event()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed, or that lost patience, is no error here."""
+
+    def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if operation == "RunResumeStatus":
+            run = self.runs.get(variables["name"])
+            return {"model": {"id": "m", "name": "p", "entity": _ENTITY, "bucket": run and _bucket(run)}}
+        if operation == "UpsertBucket":
+            run = self.runs.setdefault(variables["name"], ServedRun())
+            run.fields |= {name: value for name, value in variables.items() if value is not None}
+            run.config |= json.loads(variables["config"] or "{}")
+            run.summary |= json.loads(variables["summaryMetrics"] or "{}")
+            return {"upsertBucket": {"bucket": _bucket(run), "inserted": not run.files}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def stream(self, run_id: str, body: dict[str, Any]) -> None:
+        run = self.runs[run_id]
+        for name, chunk in body.get("files", {}).items():
+            if name == "wandb-summary.json":
+                run.summary = json.loads(chunk["content"][-1])
+            else:
+                run.files.setdefault(name, [])[chunk["offset"] :] = chunk["content"]
+        if body.get("complete"):
+            run.exit_code = body["exitcode"]
+
+
+@contextmanager
+def serve() -> Iterator[WandbServer]:
+    """A server for the time of a `with` block."""
+    server = WandbServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+_ENTITY = {"id": "e", "name": "someone"}
+
+
+def _bucket(run: ServedRun) -> dict[str, Any]:
+    history, events = run.files.get("wandb-history.jsonl", []), run.files.get("wandb-events.jsonl", [])
+    return {
+        "id": "b",
+        "name": run.fields["name"],
+        "displayName": run.fields.get("displayName"),
+        "project": {"id": "p", "name": run.fields["project"], "entity": _ENTITY},
+        "config": json.dumps(run.config),
+        "wandbConfig": json.dumps({"t": 1}),
+        "summaryMetrics": json.dumps(run.summary),
+        "historyLineCount": len(history),
+        "historyTail": json.dumps(history[-1:]),
+        "eventsLineCount": len(events),
+        "eventsTail": json.dumps(events[-1:]),
+        "logLineCount": 0,
+        "tags": [],
+    }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append(f"{self.command} {self.path}")
+        fault = self.server.fault
+        if fault == "hang":
+            self.server.closing.wait()
+        if fault is not None:
+            return self.answer(fault if isinstance(fault, int) else 503, {"errors": [{"message": "fault"}]})
+        if self.path == "/graphql":
+            query = json.loads(body)
+            return self.answer(200, {"data": self.server.graphql(query["operationName"], query["variables"])})
+        if self.path.endswith("/file_stream"):
+            self.server.stream(self.path.split("/")[-2], json.loads(body))
+        self.answer(200, {})
+
+    do_GET = do_PUT = do_POST
+
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""

@@ -20,8 +20,6 @@ DEEPEST = 16
 
 CORE = "tag:yaml.org,2002:"
 PLAIN_TAGS = {CORE + kind for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")}
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-"""A number with an exponent, as people write it: YAML 1.1 wants a dot and a sign and reads 2e-5 as text."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -97,7 +95,7 @@ def read(path: Path) -> Document:
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from error
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise refuse(f"byte {content[error.start]:#04x} is not UTF-8; save the file as UTF-8", line) from error
@@ -144,6 +142,8 @@ def override(document: Document, assignment: str, rivals: dict[Key, Key]) -> Pro
         value = parse(text, place)
     except SpecError as error:
         return Problem(place, None, error.problems[0].message)
+    if value.doubled:
+        return Problem(place, None, f"{value.doubled[0][1][-1]} stands twice; keep one")
     parent = document.data
     for depth, part in enumerate(key):
         inside = isinstance(part, int) and isinstance(parent, list) and part < len(parent)
@@ -221,9 +221,8 @@ def _mapping(document: Document, yaml: YAML, key: Key, node: MappingNode) -> dic
 
 
 def _scalar(document: Document, yaml: YAML, key: Key, node: ScalarNode) -> Any:
-    if node.style is None and NUMBER.fullmatch(node.value):
-        value: Any = float(node.value)
-    elif node.tag in (CORE + "str", CORE + "timestamp", CORE + "merge"):
+    value: Any
+    if node.tag in (CORE + "str", CORE + "timestamp", CORE + "merge"):
         value = str(node.value)
     else:
         try:

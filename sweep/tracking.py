@@ -15,6 +15,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,20 +122,20 @@ def log(run: Run, happened: Slice) -> None:
 
 
 def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:
-    """End this attempt of a run; `summary` is what W&B shows of it in its table. Returns at once: see `wait`."""
+    """End this attempt of a run; `summary` is what W&B shows of it in its table. Returns at once: see `close`."""
     run.queue.put(End(state, summary))
 
 
-def wait(seconds: float = 10.0) -> None:
-    """Wait until all runs of this process are safe: call it after the last `finish`, before the process ends.
+def close(seconds: float = 10.0) -> None:
+    """Wait until all that was finished in this process is safe, and end wandb: call it before the process ends.
 
-    10 seconds are enough to write everything to disk, even when W&B does not answer.
+    10 seconds are enough to write everything to disk, even when W&B does not answer. A later `start` begins anew.
     """
-    deadline = time.monotonic() + seconds
-    for thread in _threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    if any(thread.is_alive() for thread in _threads):
-        _tell(f"a run is still being written after {seconds:g} s; its last rows or summary may be lost")
+    closing = threading.Thread(target=_close, name="wandb close", daemon=True)
+    closing.start()
+    closing.join(seconds)
+    if closing.is_alive():
+        _tell(f"it was not done after {seconds:g} s; last rows or summary of a run may be lost")
 
 
 def notes() -> list[str]:
@@ -213,14 +214,19 @@ def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: Simp
         return
     received: list[Row | End] = []
     with _turn:
+        try:
+            Path(tracking.directory).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=tracking.directory).close()  # wandb would write somewhere else, and not say so
+        except OSError as error:
+            return _fail(f"cannot write to {tracking.directory} ({error.strerror}); trials are not recorded")
         for mode in ("offline" if time.monotonic() < _offline_until else tracking.mode, "offline"):
             try:
                 return _write(tracking, mode, run_id, name, config, _all_of(received, queue))
             except Exception as error:
                 logger.debug("run %s", run_id, exc_info=True)
                 _fail(f"{_reason(error, run_id)}; rows go to {tracking.directory}/wandb, upload them with `wandb sync`")
-                _close_wandb()
-    _fail(f"nothing can be written to {tracking.directory}/wandb; rows are lost")
+                _end_wandb()
+        _fail("it failed twice; rows of a trial are lost")
 
 
 def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterator[Row | End]:
@@ -233,6 +239,7 @@ def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterato
 
 def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, items: Iterator[Row | End]) -> None:
     """Write a fragment: `items` up to their End. Raises whatever wandb raises."""
+    _quieten_wandb()
     earlier = [row for fragment in _fragments(tracking.directory, run_id) for row in _rows_in(fragment)]
     run = _open(tracking, mode, run_id, name, config)
     known: dict[str, int] = {}
@@ -261,7 +268,6 @@ def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, i
 
 
 def _open(tracking: Tracking, mode: str, run_id: str, name: str, config: Row) -> "wandb.Run":
-    _quieten_wandb()
     import wandb
 
     run = wandb.init(
@@ -283,6 +289,7 @@ def _open(tracking: Tracking, mode: str, run_id: str, name: str, config: Row) ->
             disable_code=True,
             save_code=False,
             allow_val_change=True,
+            init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             stop_fn=lambda: _tell("a stop was asked for on its page; it is ignored, interrupt the sweep instead"),
@@ -314,10 +321,11 @@ def _fragments(directory: str, run_id: str) -> list[Path]:
 
 def _rows_in(fragment: Path) -> list[Row]:
     """Our rows in a fragment, also when it is torn: what can be read here is what can be uploaded."""
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
-    printed = subprocess.run(
-        inspect, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=True, timeout=60
-    ).stdout
+    from wandb.util import get_core_path
+
+    # What `wandb leet inspect --json FILE` runs, without the second that importing wandb once more takes.
+    inspect = ["leet", "inspect", "--json", "--no-observability", "--run-file", str(fragment), str(fragment.parent)]
+    printed = subprocess.run([get_core_path(), *inspect], capture_output=True, text=True, check=True, timeout=60).stdout
     records = (json.loads(line) for line in printed.splitlines())
     rows = (record["history"]["item"] for record in records if record["type"] == "history")
     return [
@@ -338,13 +346,20 @@ def _quieten_wandb() -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry, which it sends from offline runs too
 
 
-def _close_wandb() -> None:
-    """End wandb's own process, which holds on to a run that failed to open, or is dead; the next run starts another."""
+def _close() -> None:
+    for thread in _threads:
+        thread.join()
+    if "wandb" in sys.modules:
+        _end_wandb()
+
+
+def _end_wandb() -> None:
+    """Have wandb's own process write what it holds and end: a run that failed to open is stuck in it otherwise."""
     import wandb
 
     try:
         wandb.teardown()
-    except Exception:
+    except Exception:  # as when it is dead
         logger.debug("wandb.teardown", exc_info=True)
 
 

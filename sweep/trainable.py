@@ -70,12 +70,13 @@ class SlicedTrial(tune.Trainable):
             slice_ = Slice((), evaluation, None, self._trial.step == self._trial.total_steps, 0)
         else:
             slice_ = self._trial.advance(SLICE_SECONDS)
-            self._cost = self._cost.plus(slice_)
-            due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
-            if slice_.failure is None and ((slice_.evaluation and slice_.evaluation.step > 0) or due):
-                self._save()
-            assert self._run is not None
-            tracking.log(self._run, slice_)
+        self._cost = self._cost.plus(slice_)
+        assert self._run is not None
+        tracking.log(self._run, slice_)  # before the checkpoint: a kill between them repeats rows, and repeats are known
+        evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
+        due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
+        if slice_.failure is None and (evaluated or due):
+            self._save()
         return {"slice": slice_, "cost": self._cost, "banner": self._trial.banner, "notes": tracking.notes()}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -93,8 +94,7 @@ class SlicedTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         self._leave("preempted", None)
-        if self._run is not None:
-            tracking.wait(self._run, WAIT_SECONDS)
+        tracking.close(WAIT_SECONDS)
 
     def _enter(self) -> Trial:
         mine = self._assignment

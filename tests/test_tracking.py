@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sweep import tracking
@@ -33,7 +33,7 @@ def fresh_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
     monkeypatch.setattr(tracking, "_offline_until", 0.0)
     yield
-    tracking._close_wandb()
+    tracking._end_wandb()
     tracking.notes()
 
 
@@ -66,7 +66,7 @@ def trained(first: int, last: int, evaluation: Evaluation | None = None) -> Slic
 def record(
     to: Tracking, run_id: str, *slices: Slice, state: tracking.State = "complete", **summary: object
 ) -> tracking.Run:
-    """One attempt of a run, from start to finish; it is not waited for."""
+    """One attempt of a run, from start to finish; returns at once."""
     run = tracking.start(to, run_id, f"run {run_id}", {"r": 16})
     for happened in slices:
         tracking.log(run, happened)
@@ -82,17 +82,8 @@ def records(fragment: Path) -> dict[str, list[dict[str, Any]]]:
     """All that wandb wrote to a file, by type."""
     from wandb.util import get_core_path
 
-    inspect = [  # what `wandb leet inspect --json` calls
-        get_core_path(),
-        "leet",
-        "inspect",
-        "--json",
-        "--no-observability",
-        "--run-file",
-        fragment,
-        fragment.parent,
-    ]
-    printed = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    inspect = ["leet", "inspect", "--json", "--no-observability", "--run-file", str(fragment), str(fragment.parent)]
+    printed = subprocess.run([get_core_path(), *inspect], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[dict[str, Any]]] = {}
     for line in printed.splitlines():
         content = json.loads(line)
@@ -117,6 +108,12 @@ def final(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {name: value for update in found["summary"] for name, value in update["update"].items()}
 
 
+def wandb_processes(pid: int | None = None) -> list[psutil.Process]:
+    """wandb's own processes that a process (this one) started and that live."""
+    living = [child for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "wandb-core" in child.name()]
+
+
 def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixture[str]) -> None:
     config = QLoRAConfig(r=8, target_modules=("q_proj", "v_proj")).model_dump()
     run = tracking.start(offline, "id7", "007 r8", config | {"trial": 7, "model": "m", "sweep": "pricer"})
@@ -124,7 +121,7 @@ def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixtu
     tracking.log(run, trained(1, 2))
     tracking.log(run, trained(3, 4, Evaluation(1, 4, 2.5)))
     tracking.finish(run, "stopped", {"best_eval_loss": 2.5, "best_step": 4, "stop_reason": "rung 1"})
-    tracking.wait()
+    tracking.close()
 
     found = records(fragments(offline, "id7")[0])
     [opened] = found["run"]
@@ -168,7 +165,7 @@ def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixtu
 )
 def test_states(offline: Tracking, state: tracking.State, exit_code: int, preempting: bool) -> None:
     record(offline, "id", trained(1, 1), state=state)
-    tracking.wait()
+    tracking.close()
     found = records(fragments(offline, "id")[0])
     assert found["exit"] == [{"exit_code": exit_code}]
     assert ("preempting" in found) == preempting
@@ -177,23 +174,36 @@ def test_states(offline: Tracking, state: tracking.State, exit_code: int, preemp
 
 def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
     runs = [record(offline, f"id{n}", trained(n, n + 2)) for n in (1, 2, 3)]
-    tracking.wait()
+    tracking.close()
     assert not any(run.thread.is_alive() for run in runs)
+    assert wandb_processes() == []  # all that it held is written
     assert [seen(history(fragments(offline, f"id{n}")[0]))[0] for n in (1, 2, 3)] == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:
     off = Tracking("project", None, "pricer", "disabled", str(tmp_path / "sweep"))
     record(off, "id", trained(1, 3))
-    tracking.wait()
+    tracking.close()
     assert not Path(off.directory).exists()
 
 
+def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    record(Tracking("project", None, "pricer", "offline", str(tmp_path / "file" / "sweep")), "id", trained(1, 3))
+    tracking.close()
+    assert tracking.notes() == [
+        f"W&B: cannot write to {tmp_path}/file/sweep (Not a directory); trials are not recorded"
+    ]
+
+
 def test_offline_contacts_nobody(offline: Tracking, server: WandbServer) -> None:
-    record(offline, "id", trained(1, 3))
-    tracking.wait()
-    tracking._close_wandb()  # what wandb does when a process ends
-    assert len(history(fragments(offline, "id")[0])) == 3
+    for run_id in ("id1", "id2", "id3"):
+        record(offline, run_id, trained(1, 100))
+    while not fragments(offline, "id3"):
+        time.sleep(0.02)
+    assert ["--no-observability" in process.cmdline() for process in wandb_processes()] == [True]
+    tracking.close()
+    assert len(history(fragments(offline, "id3")[0])) == 100
     assert server.requests == []
 
 
@@ -201,10 +211,10 @@ def test_attempts_add_up_offline_and_when_synced(offline: Tracking, server: Wand
     evaluations = [Evaluation(n, 4 * n, 3.0 - n) for n in range(4)]
     before = [Slice((), evaluations[0], None, False, 0), trained(1, 4, evaluations[1]), trained(5, 8, evaluations[2])]
     record(offline, "id", *before, trained(9, 10), state="preempted")
-    tracking.wait()
+    tracking.close()
     again = [trained(5, 8, evaluations[2]), trained(9, 12, evaluations[3])]  # from the checkpoint at step 4
     record(offline, "id", *again, best_eval_loss=0.0)
-    tracking.wait()
+    tracking.close()
 
     first, second = (seen(history(fragment)) for fragment in fragments(offline, "id"))
     assert first == (list(range(1, 11)), [0, 4, 8])
@@ -227,14 +237,8 @@ run = tracking.start(tracking.Tracking("project", None, "pricer", sys.argv[1], s
 for n in count(1):
     tracking.log(run, Slice((Step(n, 1.0, 0.1, 1.0, 10, 0.1),), None, None, False, 0))
     print(n, time.time(), flush=True)
-    time.sleep(0.02)
+    time.sleep(0.1)  # few rows, so that no buffer fills
 """
-
-
-def children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -249,11 +253,12 @@ def test_kill_9_loses_no_more_than_the_last_moment(offline: Tracking, server: Wa
         step, when = line.split()
         times[int(step)] = float(when)
         since_opened += bool(fragments(offline, "id"))
-        if since_opened == 150:  # three seconds
+        if since_opened == 30:  # three seconds
             break
     killed = time.time()
-    for pid in [*children(trial.pid), trial.pid]:  # wandb's own process first, so that it cannot tidy up
-        os.kill(pid, signal.SIGKILL)
+    for process in wandb_processes(trial.pid):  # first, so that it cannot tidy up
+        process.kill()
+    trial.kill()
     trial.communicate()
 
     [fragment] = fragments(offline, "id")
@@ -261,8 +266,8 @@ def test_kill_9_loses_no_more_than_the_last_moment(offline: Tracking, server: Wa
     assert kept == list(range(1, len(kept) + 1))
     assert set(kept) >= {step for step, when in times.items() if when < killed - 1.5}
 
-    record(offline, "id", trained(len(kept) - 20, len(kept) + 5))
-    tracking.wait()  # goes on from a checkpoint
+    record(offline, "id", trained(len(kept) - 2, len(kept) + 5))
+    tracking.close()  # goes on from a checkpoint
     assert seen(history(fragments(offline, "id")[-1]))[0] == list(range(len(kept) + 1, len(kept) + 6))
 
 
@@ -274,18 +279,17 @@ def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbS
     while not (fragments(to, "id") and len(history(fragments(to, "id")[0])) == 10):
         time.sleep(0.1)
     tracking.log(run, trained(11, 20))
-    for pid in children(os.getpid()):
-        if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
+    for process in wandb_processes():
+        process.kill()
     tracking.log(run, trained(21, 30))
     tracking.finish(run, "complete", {})
-    tracking.wait()
+    tracking.close()
     steps = [step for fragment in fragments(to, "id") for step in seen(history(fragment))[0]]
     assert steps == list(range(1, 31))
     [note] = tracking.notes()
     assert "wandb sync" in note
     record(to, "next", trained(1, 3))
-    tracking.wait()
+    tracking.close()
     assert len(history(fragments(to, "next")[0])) == 3
 
 
@@ -296,7 +300,7 @@ def test_a_server_that_fails_holds_nothing_up(online: Tracking, server: WandbSer
     assert all(
         run.thread.is_alive() for run in runs
     )  # they were started, logged to and finished, and nothing was opened
-    tracking.wait()
+    tracking.close()
     for run_id in ("id1", "id2"):
         found = records(fragments(online, run_id)[-1])
         assert fragments(online, run_id)[-1].parent.name.startswith("offline-")
@@ -319,7 +323,7 @@ def test_a_server_that_fails_later(
     tracking.log(run, trained(1, 10, Evaluation(1, 10, 2.0)))
     tracking.finish(run, "preempted", {})
     assert run.thread.is_alive()
-    tracking.wait()
+    tracking.close()
     assert not run.thread.is_alive()
     assert seen(history(fragments(online, "id")[0])) == (list(range(1, 11)), [10])
     [note] = tracking.notes()
@@ -329,13 +333,15 @@ def test_a_server_that_fails_later(
     server.fault = None
     monkeypatch.setattr(tracking, "_offline_until", 0.0)  # a minute later
     record(online, "id", trained(6, 10, Evaluation(1, 10, 2.0)), trained(11, 15))
-    tracking.wait()
+    tracking.close()
     assert seen(server.runs["id"].rows) == (list(range(1, 16)), [10])
 
 
-def test_online_runs_and_their_resumption(online: Tracking, server: WandbServer) -> None:
+def test_online_runs_and_their_resumption(
+    online: Tracking, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
     record(online, "id", trained(1, 10, Evaluation(1, 10, 2.0)), state="preempted", best_step=10)
-    tracking.wait()
+    tracking.close()
     run = server.runs["id"]
     assert run.fields["displayName"] == "run id"
     assert run.fields["groupName"] == "pricer"
@@ -346,10 +352,11 @@ def test_online_runs_and_their_resumption(online: Tracking, server: WandbServer)
 
     again = [trained(6, 10, Evaluation(1, 10, 2.0)), trained(11, 15, Evaluation(2, 15, 1.0))]
     record(online, "id", *again, best_step=15)
-    tracking.wait()
+    tracking.close()
     assert seen(run.rows) == (list(range(1, 16)), [10, 15])
     assert [row["_step"] for row in run.rows] == list(range(17))
     assert (run.summary["best_step"], run.summary["state"], run.exit_code) == (15, "complete", 0)
+    assert capfd.readouterr() == ("", "")
     assert tracking.notes() == []
 
 
@@ -358,12 +365,12 @@ def test_rows_that_were_not_uploaded_any_more_are_sent_by_the_next_attempt(
 ) -> None:
     diverged = Evaluation(1, 10, float("nan"))
     record(online, "id", trained(1, 10, diverged), state="preempted")
-    tracking.wait()
+    tracking.close()
     run = server.runs["id"]
     run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:4]  # as if the machine had died
     run.summary = run.rows[-1]
     record(online, "id", trained(9, 12))
-    tracking.wait()
+    tracking.close()
     assert seen(run.rows) == (list(range(1, 13)), [10])
     assert [str(row["eval/loss"]) for row in run.rows if "eval/loss" in row] == ["nan"]
 
@@ -374,10 +381,10 @@ def test_no_key_in_any_file_or_output(
     caplog.set_level("DEBUG")
     resolved = tracking.resolve("project", None, "pricer", "auto", Path(online.directory))
     record(resolved, "good", trained(1, 3))
-    tracking.wait()
+    tracking.close()
     server.fault = 401
     record(resolved, "bad", trained(1, 3))
-    tracking.wait()
+    tracking.close()
     assert server.runs["good"].rows
     files = [path for path in Path(online.directory).rglob("*") if path.is_file()]
     assert len(files) > 5
@@ -407,7 +414,6 @@ def test_no_key_in_any_file_or_output(
 def test_mode_is_settled_before_anything_starts(
     wanted: Any, settings: dict[str, str], netrc: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = children(os.getpid())
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     if netrc:
@@ -420,7 +426,7 @@ def test_mode_is_settled_before_anything_starts(
         with pytest.raises(ValueError, match=expected) as error:
             tracking.resolve("project", None, "pricer", wanted, tmp_path / "sweep")
         assert settings.get("WANDB_API_KEY", "short") not in str(error.value)
-    assert children(os.getpid()) == before
+    assert wandb_processes() == []
 
 
 @pytest.mark.parametrize(

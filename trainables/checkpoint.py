@@ -1,13 +1,15 @@
 """What a trial must save to go on exactly where it stood: written atomically, verified when read.
 
 A checkpoint is a directory `step-000120/` beside its siblings. Its files are written and flushed under a temporary
-name, the directory is renamed, and only then the manifest with their checksums appears, itself by rename. A directory
-without a manifest, or with a file that differs from it, is not a checkpoint.
+name, then the manifest with their checksums, and only then the directory gets its name: it appears whole or not at
+all. A directory without a manifest, or with a file that differs from it, is not a checkpoint.
 """
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,12 +45,14 @@ def path_of(trial_dir: Path, step: int) -> Path:
 def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save: Callable[[Path], None]) -> Checkpoint:
     """Make `trial_dir/step-XXXXXX` from what `save` writes into an empty directory.
 
-    A checkpoint of the same step is replaced. Raises OSError when the disk refuses, and leaves older ones intact.
+    A checkpoint of the same step is replaced. Raises OSError when the disk refuses, and leaves all others intact, that
+    of the same step too.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
     target = path_of(trial_dir, step)
-    temporary = trial_dir / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, replaced = _hidden(target, "new"), _hidden(target, "old")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         save(temporary)
@@ -56,24 +60,24 @@ def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save:
         for file in _files(temporary):
             _flush(file)
             files[file.relative_to(temporary).as_posix()] = _checksum(file)
-        shutil.rmtree(target, ignore_errors=True)
+        manifest = {"format": FORMAT, "step": step, "evaluations": [asdict(e) for e in evaluations], "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _flush(temporary / MANIFEST)
+        _flush(temporary)
+        if target.exists():
+            target.rename(replaced)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    manifest = {"format": FORMAT, "step": step, "evaluations": [asdict(e) for e in evaluations], "files": files}
-    unfinished = target / f".{MANIFEST}"
-    unfinished.write_text(json.dumps(manifest, indent=1))
-    _flush(unfinished)
-    unfinished.rename(target / MANIFEST)
-    _flush(target)
     _flush(trial_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(target, step, evaluations)
 
 
 def newest(trial_dir: Path) -> Checkpoint | None:
     """The valid checkpoint with the most steps, or None. Warns of each newer one that is torn or altered."""
-    for path in sorted(trial_dir.glob("step-*"), reverse=True):
+    for path in sorted(_all(trial_dir), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
             return read(path)
         except ValueError as error:
@@ -84,12 +88,12 @@ def newest(trial_dir: Path) -> Checkpoint | None:
 def best(trial_dir: Path) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss of its own, or None. Reads manifests only: `read` verifies."""
     scored: list[tuple[float, int, Checkpoint]] = []
-    for path in trial_dir.glob("step-*"):
+    for path in _all(trial_dir):
         try:
             found, _ = _manifest(path)
         except ValueError:  # torn: `newest` warns of it
             continue
-        if found.loss is not None and found.step > 0:
+        if found.loss is not None and math.isfinite(found.loss) and found.step > 0:
             scored.append((found.loss, found.step, found))
     return min(scored, key=lambda row: row[:2], default=(None, None, None))[2]
 
@@ -98,32 +102,46 @@ def read(path: Path) -> Checkpoint:
     """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
     found, files = _manifest(path)
     for name, checksum in files.items():
-        file = path / name
-        if not file.is_file() or _checksum(file) != checksum:
-            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or was altered")
+        try:
+            actual = _checksum(path / name)
+        except OSError as error:
+            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or unreadable ({error})") from error
+        if actual != checksum:
+            raise ValueError(f"checkpoint {path} is damaged: {name} was altered")
     return found
 
 
 def _manifest(path: Path) -> tuple[Checkpoint, dict[str, str]]:
-    """What the manifest says: the checkpoint, and the checksum of every file."""
+    """What the manifest of the checkpoint at `path` says: the checkpoint, and the checksum of each file."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        found, files = manifest["format"], manifest["files"]
-        step = int(manifest["step"])
-        evaluations = tuple(Evaluation(**e) for e in manifest["evaluations"])
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it has format {manifest['format']}, this version reads {FORMAT}")
+        evaluations = tuple(Evaluation(**evaluation) for evaluation in manifest["evaluations"])
+        return Checkpoint(path, int(manifest["step"]), evaluations), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} is torn: {MANIFEST} is missing or unreadable ({error})") from error
-    if found != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {found}, this version reads {FORMAT}")
-    return Checkpoint(path, step, evaluations), files
 
 
 def prune(trial_dir: Path, keep: set[Path]) -> None:
     """Delete every checkpoint (and leftover of an unfinished one) in `trial_dir` that is not in `keep`."""
-    for path in [*trial_dir.glob("step-*"), *trial_dir.glob(".step-*")]:
-        if path not in keep:
-            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted directory is no checkpoint
-            shutil.rmtree(path)
+    kept = {path.resolve() for path in keep}
+    for leftover in trial_dir.glob(".step-*"):
+        shutil.rmtree(leftover)
+    for path in _all(trial_dir):
+        if path.resolve() not in kept:
+            hidden = _hidden(path, "old")
+            path.rename(hidden)  # first, so that a half-deleted directory is not taken for a checkpoint
+            shutil.rmtree(hidden)
+
+
+def _hidden(checkpoint: Path, age: str) -> Path:
+    """Name for a checkpoint that is not there yet, or no longer; `prune` removes what a killed process leaves of it."""
+    return checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.{age}")
+
+
+def _all(trial_dir: Path) -> list[Path]:
+    return [path for path in trial_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -76,14 +76,18 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
 def _make_room() -> None:
     """Drop least recently used bases until one more, as large as the largest, fits into a quarter of the memory."""
     on = device()
-    memory = torch.cuda.mem_get_info(on)[1] if on.type == "cuda" else psutil.virtual_memory().total
     held = {key: footprint(model)[0] for key, model in _warm.items()}
-    while held and sum(held.values()) + max(held.values()) > memory / 4:
+    while held and sum(held.values()) + max(held.values()) > _memory(on) / 4:
         oldest = next(iter(held))
         del held[oldest], _warm[oldest]
     gc.collect()  # a 4-bit weight and its layer refer to each other
     if on.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _memory(on: torch.device) -> int:
+    """All memory of the device, bytes."""
+    return torch.cuda.mem_get_info(on)[1] if on.type == "cuda" else psutil.virtual_memory().total
 
 
 def attach(
@@ -116,6 +120,7 @@ def attach(
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted = get_peft_model(model, adapter)
     assert isinstance(adapted, PeftModel)
+    adapted.train(model.training)  # new layers come in training mode, whatever that of the base
     return adapted
 
 

@@ -21,6 +21,7 @@ import torch
 from bitsandbytes.optim.adamw import PagedAdamW8bit
 from numpy.typing import NDArray
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ from trainables.protocol import Evaluation, Job, Slice, Step
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
-EVALUATION_TOKENS = {"cpu": 1024, "cuda": 8192}
+EVALUATION_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens, padding included, in one micro-batch of an evaluation: about a second of work on either device."""
 LOGITS_AT_ONCE = 2**26
 """Logits that are held in fp32 at the same time (256 MiB) while the loss is taken."""
@@ -204,14 +205,17 @@ class QLoRATrial:
         return collate([rows[int(number)] for number in numbers], self.pad, self.device)
 
     def save(self, directory: Path) -> None:
-        self.adapted.save_pretrained(str(directory), save_embedding_layers=False)
         state = {f"random.{number}": state for number, state in enumerate(self.random_state)}
         for name, weight in self.weights.items():
             for key, value in self.optimizer.state[weight].items():
                 # bitsandbytes keeps a number here, and one quantisation map for all weights
                 state[f"optimizer.{name}.{key}"] = torch.as_tensor(value).cpu().clone()
-        save_file(state, directory / STATE)
         evaluations = [asdict(evaluation) for evaluation in self.evaluations]
+        try:
+            self.adapted.save_pretrained(str(directory), save_embedding_layers=False)
+            save_file(state, directory / STATE)
+        except SafetensorError as error:  # a full disk is one of these, and no OSError
+            raise OSError(f"cannot write {directory}: {error}") from error
         (directory / FACTS).write_text(json.dumps(self.facts | {"step": self.step, "evaluations": evaluations}))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -232,6 +236,7 @@ class QLoRATrial:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
+            self.evaluation_pass = None
             model.detach(self.adapted)
             self.base.activation_checkpointing_disable()
 

@@ -1,0 +1,169 @@
+"""A sweep of real QLoRA trials (tiny random Llama, real bitsandbytes, PEFT, Ray, W&B files), also when it is killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from sweep.study import ranking
+from tests import sweeps
+from tests.test_tracking import final, history, records
+from tests.tiny import make_tiny_llama, make_tiny_rows
+
+SPEC = """
+name: tiny
+model: llama
+data: {train: train.jsonl, validation: validation.jsonl, max_length: 64}
+budget: {steps: 24, evaluations: 4}
+search: {trials: 4, seed: 1}
+early_stopping: {grace: 1, reduction: 2}
+space:
+  r: {values: [4, 16]}
+  alpha: {times: r, values: [2, 8]}
+  learning_rate: {min: 1e-4, max: 1e-2, log: true}
+  compute_dtype: {values: [bf16, fp32]}
+  quant_type: {values: [nf4, fp4]}
+  dropout: 0.1
+tracking: {mode: offline}
+resources: {concurrency: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    make_tiny_llama(directory / "llama")
+    make_tiny_rows(directory, train=64, validation=24)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    space = write(tmp_path_factory.mktemp("undisturbed"), inputs)
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return space, done, sweeps.entries(space, "tiny")
+
+
+def write(directory: Path, inputs: Path) -> Path:
+    space = directory / "tiny.yaml"
+    text = SPEC.replace("model: llama", f"model: {inputs}/llama")
+    space.write_text(text.replace("train: ", f"train: {inputs}/").replace("validation: ", f"validation: {inputs}/"))
+    return space
+
+
+def test_trains_and_says_what(undisturbed):
+    _, done, entries = undisturbed
+    assert done.stderr == ""
+    assert "in 4 bits" in done.stdout
+    assert "adapter r=16 on 14 layers" in done.stdout
+    assert {entry.state for entry in entries} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert ranking(entries)[0].best[1] < entries[0].losses[0]  # better than the base
+    for entry in entries:
+        assert entry.cost.tokens > 0
+        assert entry.cost.peak_memory > 1e8
+
+
+def test_killed_and_run_again(undisturbed, inputs, tmp_path):
+    _, _, expected = undisturbed
+    space = write(tmp_path, inputs)
+    process = sweeps.start(space)
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
+    process.kill()
+    process.wait()
+    assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space, "tiny"))
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space, "tiny")) == sweeps.history(expected)
+    for number in range(4):  # over both attempts, no step is missing or doubled in W&B
+        steps = [row["train/global_step"] for row in wandb_rows(space, number) if "train/loss" in row]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+def test_best_loads_with_plain_peft_and_gives_the_recorded_loss(undisturbed):
+    space, _, _ = undisturbed
+    best = space.parent / "sweeps/tiny/best"
+    facts = json.loads((best / "sweep.json").read_text())
+    scored = subprocess.run(
+        [sys.executable, "-c", SCORE, str(best), str(next((space.parent / "sweeps/tiny/tokens").glob("[!.]*")))],
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert abs(float(scored.stdout.split()[-1]) - facts["validation_loss"]) < 1e-3
+    assert (best / "tokenizer.json").is_file()
+    card = (best / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"| learning_rate | {facts['config']['learning_rate']} |" in card
+    assert not list(best.glob("training_state*"))
+
+
+SCORE = """
+import json, sys
+from pathlib import Path
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trainables import data
+
+best = Path(sys.argv[1])
+facts = json.loads((best / "sweep.json").read_text())
+config = facts["config"]
+dtype = torch.bfloat16 if config["compute_dtype"] == "bf16" else torch.float32
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=config["quant_type"],
+    bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=config["double_quant"])
+base = AutoModelForCausalLM.from_pretrained(facts["model"], quantization_config=quantization, dtype=dtype)
+for layer in base.modules():
+    if isinstance(layer, Linear4bit):
+        layer.support_avx512bf16_for_cpu = False
+model = PeftModel.from_pretrained(base, best).eval()
+rows = data.load(Path(sys.argv[2])).validation
+loss = labels = 0
+with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    for row in range(len(rows)):
+        ids, supervised = (torch.tensor(array) for array in rows[row])
+        logits = model(ids[None].long()).logits[0, :-1].float()
+        mask = supervised[1:]
+        loss += torch.nn.functional.cross_entropy(logits[mask], ids[1:][mask].long(), reduction="sum").item()
+        labels += int(mask.sum())
+print(loss / labels)
+"""
+
+
+def fragments(space: Path, number: int) -> list[Path]:
+    """W&B's files of all attempts of a trial, oldest first."""
+    found = space.parent.glob(f"sweeps/tiny/wandb/*run-*/run-*-{number:03d}.wandb")
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def wandb_rows(space: Path, number: int) -> list[dict[str, Any]]:
+    return [row for fragment in fragments(space, number) for row in history(fragment)]
+
+
+def test_every_trial_is_a_run_of_the_project(undisturbed):
+    space, _, entries = undisturbed
+    for entry in entries:
+        (fragment,) = fragments(space, entry.number)
+        found = records(fragment)
+        run = found["run"][0]
+        assert run["project"] == "tiny"
+        assert run["run_group"] == "tiny"
+        assert run["display_name"].startswith(f"{entry.number:03d} r{entry.config.r} ")
+        rows = wandb_rows(space, entry.number)
+        losses = {row["eval/evaluation"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+        assert losses == dict(entry.losses)
+        train = [row for row in rows if "train/loss" in row]
+        assert [row["train/global_step"] for row in train] == list(range(1, entry.cost.steps + 1))
+        assert train[0].keys() >= {"train/learning_rate", "train/grad_norm", "train/tokens_per_second"}
+        summary = final(found)
+        assert summary["state"] == {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped"}[entry.state]
+        assert summary["best_eval_loss"] == entry.best[1]
+        assert summary["first_rung_eval_loss"] == entry.losses[1]
+        assert summary["budget_share"] == entry.cost.steps / 24
+        assert summary.get("stop_reason") == entry.reason

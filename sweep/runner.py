@@ -195,9 +195,7 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
 def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     """A Ray cluster for as long as the block lasts; gives the number of trials that fit side by side."""
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
-    ray.init(
-        address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-    )
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         has = ray.cluster_resources()
         wanted = {"CPU": cpus, "GPU": gpus}

@@ -72,7 +72,8 @@ class SlicedTrial(tune.Trainable):
             slice_ = self._trial.advance(SLICE_SECONDS)
         self._cost = self._cost.plus(slice_)
         assert self._run is not None
-        tracking.log(self._run, slice_)  # before the checkpoint: a kill between them repeats rows, and repeats are known
+        # Before the checkpoint: a kill between the two then repeats rows, which W&B's side knows, and loses none.
+        tracking.log(self._run, slice_)
         evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
         due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
         if slice_.failure is None and (evaluated or due):

@@ -374,6 +374,24 @@ def test_a_fresh_process_gives_the_bits_of_a_warm_one(tiny, tmp_path, monkeypatc
     assert resumed == (a[0][3:], a[1])
 
 
+def test_a_closed_trial_leaves_the_base_as_it_was(tiny):
+    def state(base) -> list:
+        hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in base.modules()]
+        return [type(m) for m in base.modules()] + [[bool(each) for each in three] for three in hooks]
+
+    base = model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant)
+    before = state(base)
+    trial = qlora_sft.start(CONFIG.model_copy(update={"gradient_checkpointing": True}), tiny, None)
+    assert trial.base is base
+    assert base.is_activation_checkpointing
+    trial.advance(0.0)
+    trial.close()
+    assert state(base) == before
+    assert not base.is_activation_checkpointing
+    assert not any(module.training for module in base.modules())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in base.parameters())
+
+
 def test_a_trial_neither_sees_nor_moves_the_random_state_of_its_process(tiny):
     config = CONFIG.model_copy(update={"dropout": 0.2})
     alone = curve(config, tiny)

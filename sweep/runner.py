@@ -1,5 +1,6 @@
 """spec + study -> ray.tune.Tuner -> done. The only place that assembles a Tuner."""
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -85,6 +86,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     with _locked(paths):
         _same_as_recorded(spec, paths)
         with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency:
+            if spec.resources.gpus and spec.space.may_be("compute_dtype", "bf16"):
+                _check_bf16(spec.resources.gpus)
             ledger = _open(spec, paths, content_hash)
             job = _job(spec, paths, listener)
 
@@ -208,6 +211,22 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
         yield int(min(has[kind] // amount for kind, amount in wanted.items() if amount))
     finally:
         ray.shutdown()
+
+
+def _check_bf16(gpus: float) -> None:
+    """Ask a GPU of the cluster, before a trial is started, whether it computes in bf16."""
+
+    @ray.remote(num_gpus=gpus, max_retries=0)
+    def check() -> None:
+        model = importlib.import_module("trainables.model")  # imports torch, which the driver does without
+        model.check_compute_dtype("bf16")
+
+    try:
+        ray.get(check.remote())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise Refused(str(error.cause)) from error
+        raise
 
 
 def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:

@@ -189,6 +189,13 @@ class Space:
         conditions = [name for dimension in self.dimensions.values() for name in dimension.when]
         return _count(list(self.dimensions.values()), _with_needs(self.dimensions, conditions), {})
 
+    def may_be(self, name: str, value: Any) -> bool:
+        """Whether a configuration of the space may have `value` in the field `name`, which has no range."""
+        dimension = self.dimensions.get(name)
+        if dimension is None:
+            return bool(DEFAULTS[name] == value)
+        return value in (dimension.source.values or ()) or (bool(dimension.when) and DEFAULTS[name] == value)
+
     def suggest(self, trial: "BaseTrial") -> QLoRAConfig:
         """The configuration of an Optuna trial, which is asked for every searched parameter that is in effect."""
         values: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from sweep.validation import Faults, Key, did_you_mean, gathering, listed, shown
 from trainables.config import DataConfig
 from trainables.protocol import Budget as TrialBudget
 
+PAGED = "paged_adamw_8bit"
+
 RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", "steps"): ("budget", "epochs")}
 """Setting one of these on the command line removes the other one that the file has."""
 
@@ -297,6 +299,8 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 yield (key,), "is missing; only trainable: toy goes without"
         if given("resources.gpus") and found["resources.gpus"] > 1:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
+        if given("space") and found.get("resources.gpus") == 0 and found["space"].may_be("optimizer", PAGED):
+            yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
     if given("storage") and "://" in found["storage"] and "ledger" in found and not given("ledger"):
         text = f"received {shown(found['storage'])}, no directory that could hold the ledger; give its URL as ledger"
         yield ("storage",), text

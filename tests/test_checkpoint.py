@@ -162,7 +162,7 @@ def test_prune_keeps_what_it_is_told(tmp_path, monkeypatch):
     (tmp_path / "007/.step-000040.1234.new").mkdir()
     (tmp_path / "007/notes").write_text("not a checkpoint")
     monkeypatch.chdir(tmp_path)  # the same directory by another name
-    checkpoint.prune(Path("007"), {tmp_path / "007/step-000020"})
+    checkpoint.prune(tmp_path / "007", {Path("007/step-000020")})
     assert names(tmp_path / "007") == ["notes", "step-000020"]
     assert checkpoint.newest(tmp_path / "007").step == 20
 

@@ -272,3 +272,17 @@ def test_every_problem_is_told_at_once() -> None:
         ("dropout", "min"),
         ("dropout", "max"),
     }
+
+
+@pytest.mark.parametrize(
+    ("entries", "value", "expected"),
+    [
+        ({}, "bf16", True),  # the documented default
+        ({}, "fp32", False),
+        ({"compute_dtype": "fp32"}, "bf16", False),
+        ({"compute_dtype": {"values": ["fp32", "bf16"]}}, "bf16", True),
+        ({"compute_dtype": {"value": "fp32", "when": {"quant_type": "fp4"}}}, "bf16", True),  # the default elsewhere
+    ],
+)
+def test_what_a_field_may_be(entries: dict[str, Any], value: str, expected: bool) -> None:
+    assert spaces.parse({"quant_type": {"values": ["nf4", "fp4"]}, **entries}).may_be("compute_dtype", value) is expected

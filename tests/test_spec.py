@@ -463,3 +463,11 @@ def test_importing_it_is_light() -> None:
     code = "import sys, sweep.spec; print([m for m in ('torch', 'optuna', 'ray', 'transformers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_8_bit_optimizer_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    text = GOOD.replace("trainable: toy", "model: owner/name\ndata: {train: owner/rows}")
+    text = text.replace("  r: {", "  optimizer: {values: [adamw, paged_adamw_8bit]}\n  r: {")
+    with pytest.raises(SpecError, match=r"space\.optimizer: received paged_adamw_8bit, which needs a GPU"):
+        load(written(tmp_path, text))
+    assert load(written(tmp_path, text + "resources: {gpus: 0.5}\n")).resources.gpus == 0.5

@@ -44,15 +44,20 @@ def base(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_
     return loaded
 
 
-def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> PreTrainedModel:
+def check_compute_dtype(compute_dtype: ComputeDtype) -> None:
+    """Raises ValueError when `device()` cannot compute in `compute_dtype`."""
     on = device()
     if on.type == "cuda" and compute_dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(on)
         raise ValueError(f"compute_dtype bf16: {name} cannot compute in bf16; set compute_dtype: fp32")
+
+
+def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> PreTrainedModel:
+    check_compute_dtype(compute_dtype)
     loaded = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=DTYPES[compute_dtype],
-        device_map={"": on},
+        device_map={"": device()},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quant_type,
@@ -126,7 +131,7 @@ def attach(
 
 def detach(adapted: PeftModel) -> None:
     """Take the adapter off its base again: modules and modes are those that `base` gave."""
-    adapted.unload().requires_grad_(False).train(False)
+    adapted.unload().train(False)
 
 
 def _check_names(model: PreTrainedModel, target_modules: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, get_scheduler
 from trainables import data, model
 from trainables.checkpoint import Checkpoint
 from trainables.config import ComputeDtype, QLoRAConfig
-from trainables.protocol import Evaluation, Job, Slice, Step
+from trainables.protocol import Evaluation, Job, Slice, Step, Trial
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
@@ -44,7 +44,7 @@ LOGITS_AT_ONCE = 2**26
 ADAPTER, STATE, FACTS = "adapter_model.safetensors", "training_state.safetensors", "state.json"
 
 
-def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> "QLoRATrial":
+def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial:
     """A trial before its first step, or exactly where `checkpoint` left it.
 
     Raises ValueError when config or budget differ from those of the checkpoint, when `target_modules` match nothing,

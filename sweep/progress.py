@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sweep.study import ENDED_AS, Entry
-from trainables.config import QLoRAConfig
+from sweep.tracking import described
 from trainables.protocol import Slice
 
 STATES = {TrialState.RUNNING: "running"} | ENDED_AS
@@ -19,17 +19,6 @@ STATES = {TrialState.RUNNING: "running"} | ENDED_AS
 
 ENDED_SHOWN = 12
 """Rows of ended trials in the live table: the best of them."""
-
-
-def describe(config: QLoRAConfig, searched: Sequence[str]) -> str:
-    """`r 16  alpha 32  learning_rate 2.0e-04 …`: the values that differ between trials."""
-    return "  ".join(f"{name} {_value(getattr(config, name))}" for name in searched)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}"
-    return str(value)
 
 
 @dataclass
@@ -76,7 +65,7 @@ class Progress:
     def started(self, entry: Entry) -> None:
         again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""
         self._rows[entry.number] = _Row(entry)
-        self._say(f"trial {entry.number:3d} started{again}: {describe(entry.config, self.searched)}")
+        self._say(f"trial {entry.number:3d} started{again}: {described(entry.config, self.searched)}")
 
     def advanced(self, entry: Entry, slice_: Slice) -> None:
         row = self._rows[entry.number]
@@ -114,7 +103,7 @@ class Progress:
             newest = entry.losses.get(entry.reported)
             table.add_row(
                 f"{entry.number:03d}",
-                describe(entry.config, self.searched),
+                described(entry.config, self.searched),
                 STATES[entry.state],
                 f"{max(entry.reported, 0)}/{self.evaluations}",
                 "" if newest is None else f"{newest:.4f}",

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sweep.paths import SweepPaths
-from sweep.progress import STATES, describe
+from sweep.progress import STATES
 from sweep.study import Entry, Ledger, ranking
+from sweep.tracking import described
 from trainables import checkpoint
 
 
@@ -32,7 +33,7 @@ def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: flo
     entries = ledger.entries()
     ranked = ranking(entries)
     table = Table(title="Ranking by best validation loss", title_justify="left")
-    for heading in ("", "trial", "configuration", "best loss", "at evaluation", "ended as", "minutes"):
+    for heading in ("", "trial", "configuration", "best loss", "evaluation", "ended as", "minutes"):
         table.add_column(
             heading,
             justify="left" if heading in ("configuration", "ended as") else "right",
@@ -44,7 +45,7 @@ def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: flo
         table.add_row(
             str(place) if loss is not None else "-",
             f"{entry.number:03d}",
-            describe(entry.config, searched),
+            described(entry.config, searched),
             "-" if loss is None else f"{loss:.4f}",
             "-" if evaluation is None else str(evaluation),
             STATES[entry.state],

@@ -100,7 +100,12 @@ def resolve(
 
 def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
     """Number of the trial and the hyperparameters that differ between trials: `007 r16 a32 lr2.0e-04 nf4 bf16`."""
-    return " ".join([f"{number:03d}", *(_short(name, getattr(config, name)) for name in searched)])
+    return f"{number:03d} {described(config, searched)}"
+
+
+def described(config: QLoRAConfig, searched: Iterable[str]) -> str:
+    """The hyperparameters that differ between trials: `r16 a32 lr2.0e-04 nf4 bf16`."""
+    return " ".join(_short(name, getattr(config, name)) for name in searched)
 
 
 def start(tracking: Tracking, run_id: str, name: str, config: Mapping[str, Any]) -> Run:

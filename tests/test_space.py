@@ -285,4 +285,6 @@ def test_every_problem_is_told_at_once() -> None:
     ],
 )
 def test_what_a_field_may_be(entries: dict[str, Any], value: str, expected: bool) -> None:
-    assert spaces.parse({"quant_type": {"values": ["nf4", "fp4"]}, **entries}).may_be("compute_dtype", value) is expected
+    assert (
+        spaces.parse({"quant_type": {"values": ["nf4", "fp4"]}, **entries}).may_be("compute_dtype", value) is expected
+    )

@@ -14,7 +14,7 @@ app = typer.Typer(
     help="Find the QLoRA configuration to train with. Begin with: qlora-sweep run space.yaml",
 )
 
-EXIT_NO_TRIAL_FINISHED = 1
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 
 
@@ -40,7 +40,8 @@ def run(
 
     Example: qlora-sweep run search_spaces/pricer.yaml --set search.trials=4
 
-    Exit codes: 0 done, 1 no trial finished, 2 wrong input (nothing was started), 75 preempted (run it again).
+    Exit codes: 0 done, 1 no trial finished or five in a row broke down,
+    2 wrong input and nothing was started, 75 preempted: run it again.
     """
     from sweep.spec import SpecError, load
 
@@ -56,25 +57,27 @@ def run(
     from sweep.progress import Progress
     from trainables.data import DataError
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths and error messages hold brackets
     again = shlex.join(["python", "-m", "sweep", *sys.argv[1:]])
     try:
         with Progress(console, spec.space.searched, spec.search.trials, spec.budget.evaluations) as progress:
             outcome = runner.run(spec, address=address, listener=progress, again=again)
     except (runner.Refused, DataError) as error:
         _refuse(str(error))
-    if outcome.preempted:
-        console.print(f"Preempted by {outcome.interrupted}. The same command goes on: {again}", highlight=False)
+    if outcome.cause == "signal":
+        console.print(f"Preempted by {outcome.reason}. The same command goes on: {again}", highlight=False)
         raise typer.Exit(EXIT_PREEMPTED)
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
+    if outcome.winner is not None:
+        console.print(f"The best adapter is in {outcome.paths.best}", highlight=False)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
-    if outcome.interrupted:
-        console.print(f"{outcome.interrupted}. The same command goes on: {again}", highlight=False)
-    if outcome.winner is None:
-        console.print(f"No trial finished. The ledger is {outcome.paths.root}.", highlight=False)
-        raise typer.Exit(EXIT_NO_TRIAL_FINISHED)
-    console.print(f"The best adapter is in {outcome.paths.best}", highlight=False)
+    if outcome.cause:
+        console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False)
+    if outcome.cause == "breakdown" or (outcome.cause is None and not report.any_finished(outcome.ledger.entries())):
+        if outcome.cause is None:
+            console.print(f"No trial finished. The ledger is in {outcome.paths.root}", highlight=False)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
 EXIT_PREEMPTED = 75
 """Exit code of a sweep that was told to end and can be continued (EX_TEMPFAIL of sysexits.h)."""
@@ -16,21 +17,16 @@ class Drain:
     """The flag that asks all trials to write a checkpoint and leave; raised at most once."""
 
     def __init__(self) -> None:
+        self.cause: Literal["signal", "hours", "breakdown"] | None = None
         self.reason: str | None = None
-        self.preempted = False
-        """Whether a signal raised it."""
 
     def __call__(self) -> bool:
-        return self.reason is not None
+        return self.cause is not None
 
-    def request(self, reason: str) -> None:
-        """Raise the flag; the first reason stays."""
-        self.reason = self.reason or reason
-
-    def preempt(self, number: int) -> None:
-        """Raise the flag for a signal."""
-        self.preempted = True
-        self.request(signal.Signals(number).name)
+    def request(self, cause: Literal["signal", "hours", "breakdown"], reason: str) -> None:
+        """Raise the flag; a signal overrules other causes, else the first one stays."""
+        if self.cause is None or cause == "signal":
+            self.cause, self.reason = cause, reason
 
 
 @contextmanager
@@ -45,9 +41,9 @@ def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[N
         os._exit(EXIT_PREEMPTED)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if drain.preempted:
+        if drain.cause == "signal":
             end()
-        drain.preempt(number)
+        drain.request("signal", signal.Signals(number).name)
         force = threading.Timer(grace, end)
         force.daemon = True
         force.start()
@@ -63,7 +59,9 @@ def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[N
 @contextmanager
 def draining_after(drain: Drain, hours: float | None) -> Iterator[None]:
     """Raise the flag when `hours` of wall clock are over."""
-    timer = threading.Timer(3600 * hours, drain.request, [f"budget.hours {hours:g} is used up"]) if hours else None
+    timer = (
+        threading.Timer(3600 * hours, drain.request, ["hours", f"budget.hours {hours:g} is used up"]) if hours else None
+    )
     if timer:
         timer.daemon = True
         timer.start()

@@ -42,6 +42,7 @@ class Progress:
     _began: float = field(default_factory=time.monotonic)
     _live: Live | None = None
     _told: set[str] = field(default_factory=set)
+    _ended_before: int = 0
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
@@ -61,6 +62,10 @@ class Progress:
         if line not in self._told:
             self._told.add(line)
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    def resumed(self, entries: Sequence[Entry]) -> None:
+        self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
+        self.note(f"The sweep goes on: {self._ended_before} of {self.trials} trials are done.")
 
     def started(self, entry: Entry) -> None:
         again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""
@@ -95,7 +100,10 @@ class Progress:
         running = [row for row in rows if row.entry.state is TrialState.RUNNING]
         ended = [row for row in rows if row.entry.state is not TrialState.RUNNING]
         minutes = (time.monotonic() - self._began) / 60
-        table = Table(title=f"{len(ended)} of {self.trials} trials done, {minutes:.1f} min", title_justify="left")
+        table = Table(
+            title=f"{self._ended_before + len(ended)} of {self.trials} trials done, {minutes:.1f} min",
+            title_justify="left",
+        )
         for heading in ("trial", "configuration", "state", "evaluation", "newest", "best", "tokens/s"):
             table.add_column(heading, justify="left" if heading in ("configuration", "state") else "right")
         for row in [*ended[:ENDED_SHOWN], *running]:

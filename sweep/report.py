@@ -75,27 +75,32 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
+def any_finished(entries: Sequence[Entry]) -> bool:
+    """Whether a trial trained to its end or until early stopping gave it up."""
+    return any(entry.state in (TrialState.COMPLETE, TrialState.PRUNED) for entry in entries)
+
+
 def export_best(ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None) -> Entry | None:
-    """Make best/ from the checkpoint with the lowest validation loss of all trials.
+    """Make best/ from the checkpoint with the lowest validation loss of all that are there.
 
     `tokenizer` is the directory of its files. Returns the winner, None when no trial has a checkpoint.
     """
-    for winner in ranking(ledger.entries()):
-        found = checkpoint.best(paths.trial(winner.number))
-        if found is None:
-            continue
+    kept = [(entry, checkpoint.best(paths.trial(entry.number))) for entry in ledger.entries()]
+    scored = [(found.loss, entry.number, entry, found) for entry, found in kept if found and found.loss is not None]
+    for _, _, winner, found in sorted(scored, key=lambda row: row[:2]):
         try:
-            found = checkpoint.read(found.path)
+            checkpoint.read(found.path)
         except ValueError as error:
-            warnings.warn(f"{error}; best/ is made of the next best trial", stacklevel=2)
+            warnings.warn(f"{error}; best/ is made of the next best checkpoint", stacklevel=2)
             continue
-        return _export(ledger, paths, model, tokenizer, winner, found)
+        _export(ledger, paths, model, tokenizer, winner, found)
+        return winner
     return None
 
 
 def _export(
     ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None, winner: Entry, found: checkpoint.Checkpoint
-) -> Entry:
+) -> None:
     unfinished = paths.best.with_name(".best")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -110,7 +115,6 @@ def _export(
     (unfinished / "README.md").write_text(str(model_card(ledger, winner, model, found.step)))
     shutil.rmtree(paths.best, ignore_errors=True)
     unfinished.rename(paths.best)
-    return winner
 
 
 def model_card(ledger: Ledger, winner: Entry, model: str, step: int) -> ModelCard:
@@ -120,6 +124,9 @@ def model_card(ledger: Ledger, winner: Entry, model: str, step: int) -> ModelCar
     config = winner.config
     settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
     versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
+    autocast = "\nUse it under `torch.autocast(device, torch.bfloat16)`, as it was trained and scored.\n"
+    if config.compute_dtype == "fp32":
+        autocast = ""
     return ModelCard(
         f"""---
 {card.to_yaml()}
@@ -149,9 +156,9 @@ quantization = BitsAndBytesConfig(
     bnb_4bit_use_double_quant={config.double_quant},
 )
 base = AutoModelForCausalLM.from_pretrained("{model}", quantization_config=quantization, dtype=dtype)
-model = PeftModel.from_pretrained(base, "best")
+model = PeftModel.from_pretrained(base, "best")  # the directory of this file
 ```
-
+{autocast}
 | hyperparameter | value |
 |---|---|
 {settings}

@@ -11,9 +11,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import ray
@@ -27,7 +27,7 @@ from sweep.paths import SweepPaths
 from sweep.preemption import Drain, draining_after, draining_on_signals
 from sweep.search import LedgerSearcher
 from sweep.space import Space
-from sweep.spec import SweepSpec
+from sweep.spec import SpecError, SweepSpec
 from sweep.study import Entry, Ledger, Proposal, open_journal, propose, ranking
 from sweep.trainable import Assignment, SlicedTrial
 from trainables import checkpoint, data
@@ -39,9 +39,10 @@ QUIET_RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asks for no GPU sees none
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most slices carry no validation loss
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table says it
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours drains instead
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -57,10 +58,10 @@ class Outcome:
 
     ledger: Ledger
     paths: SweepPaths
-    interrupted: str | None
-    """The signal or limit that ended it before its time; None when no trial is left to do."""
-    preempted: bool
-    """Whether it was a signal."""
+    cause: Literal["signal", "hours", "breakdown"] | None
+    """What ended it before its time; None when no trial is left to do."""
+    reason: str | None
+    """The same in words."""
     exhausted: str | None
     """Why fewer than `search.trials` were tried, if so."""
     winner: Entry | None
@@ -88,15 +89,20 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency:
             if spec.resources.gpus and spec.space.may_be("compute_dtype", "bf16"):
                 _check_bf16(spec.resources.gpus)
+            job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
             ledger = _open(spec, paths, content_hash)
-            job = _job(spec, paths, listener)
+            if len(ledger):
+                listener.resumed(ledger.entries())
 
             def assign(entry: Entry) -> Assignment:
+                entries = ledger.entries()
+                running = [other.number for other in entries if other.state is TrialState.RUNNING]
+                score_base = report.base_loss(entries) is None and entry.number == min(running)
                 return Assignment(
                     number=entry.number,
                     trainable=spec.trainable,
                     config=entry.config,
-                    job=job,
+                    job=replace(job, score_base=score_base),
                     directory=paths.trial(entry.number),
                     reported=entry.reported,
                     cost=entry.cost,
@@ -131,18 +137,20 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 draining=drain,
                 started=started,
             )
-            scheduler = LedgerScheduler(ledger, settled, drain, listener)
+            scheduler = LedgerScheduler(
+                ledger, settle=settled, hand_out_again=searcher.hand_out_again, drain=drain, listener=listener
+            )
             with (
                 draining_on_signals(drain, spec.preemption.grace, f"Preempted. The same command goes on: {again}"),
                 draining_after(drain, spec.budget.hours),
             ):
                 _tune(searcher, scheduler, drain, paths, spec.resources.cpus, spec.resources.gpus)
-        if not drain.preempted:
+        if drain.cause != "signal":
             tidy(ledger, paths, spec.checkpoint.keep)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
             winner = report.export_best(ledger, paths, spec.model or spec.trainable, tokenizer)
     seconds = time.monotonic() - began
-    return Outcome(ledger, paths, drain.reason, drain.preempted, searcher.exhausted, winner, seconds)
+    return Outcome(ledger, paths, drain.cause, drain.reason, searcher.exhausted, winner, seconds)
 
 
 def tidy(ledger: Ledger, paths: SweepPaths, keep: int) -> None:
@@ -198,7 +206,13 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
 def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     """A Ray cluster for as long as the block lasts; gives the number of trials that fit side by side."""
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise Refused(
+            f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
+        ) from error
     try:
         has = ray.cluster_resources()
         wanted = {"CPU": cpus, "GPU": gpus}
@@ -208,7 +222,7 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
                     f"resources.{kind.lower()}s: a trial asks for {amount:g} {kind}, the cluster has"
                     f" {has.get(kind, 0):g}; ask for less, or join a cluster that has them with --address"
                 )
-        yield int(min(has[kind] // amount for kind, amount in wanted.items() if amount))
+        yield int(min(has[kind] / amount + 1e-9 for kind, amount in wanted.items() if amount))  # 1 / 0.2 is 5
     finally:
         ray.shutdown()
 
@@ -233,7 +247,11 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
     """Refuse to go on with a sweep directory that holds another spec."""
     if not paths.spec.exists():
         return
-    changed = specs.changes(specs.load(paths.spec, inputs=False), spec)
+    try:
+        recorded = specs.load(paths.spec, inputs=False)
+    except SpecError as error:
+        raise Refused(f"the spec that {paths.root} was begun with cannot be read:\n{error}") from error
+    changed = specs.changes(recorded, spec)
     if changed:
         raise Refused(
             f"{paths.root} holds a sweep with another spec:\n  "
@@ -259,7 +277,9 @@ def _open(spec: SweepSpec, paths: SweepPaths, content_hash: str) -> Ledger:
             " Give this sweep another `name`, restore the files, or move the directory away."
         )
     header = "".join(f"# {name}: {value}\n" for name, value in ledger.noted("environment").items())
-    paths.spec.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(spec)}")
+    unfinished = paths.spec.with_suffix(".tmp")
+    unfinished.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(spec)}")
+    unfinished.rename(paths.spec)
     return ledger
 
 

@@ -53,10 +53,15 @@ class LedgerSearcher(Searcher):
             return None
         entry = self._next()
         if entry is None:
-            return Searcher.FINISHED
+            return None if self._handed_out else Searcher.FINISHED  # one of those may have to be handed out again
         self._handed_out.add(entry.number)
         self._started(entry)
         return {"assignment": self._assign(entry)}
+
+    def hand_out_again(self, number: int) -> None:
+        """Put a trial back that lost its process: it is the next, and goes on from its newest checkpoint."""
+        self._handed_out.discard(number)
+        self._unfinished.insert(0, number)
 
     def _next(self) -> Entry | None:
         if self._unfinished:

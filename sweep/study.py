@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 RESAMPLES = 10
 """How often the sampler is asked anew when it proposes a configuration that the ledger already has."""
-RANDOM_RESAMPLES = 1000
-"""How many uniform draws follow before the space counts as exhausted."""
+RANDOM_RESAMPLES = 200
+"""How many uniform draws follow, before what is left of a space with finitely many configurations is listed."""
 
 ENDED_AS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 """Our words for the ends of a trial."""
@@ -248,8 +248,7 @@ def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) 
     """Candidates in the order in which they are considered, known ones among them."""
     number = len(entries)
     if sampler == "grid":
-        for params in space.grid():
-            yield _draw(optuna.trial.FixedTrial(params), space)
+        yield from _grid(space)
         return
     study = optuna.create_study(direction="minimize")
     study.add_trials([entry.trial for entry in entries])
@@ -258,6 +257,12 @@ def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) 
     blank = optuna.create_study(direction="minimize")
     for attempt in range(RESAMPLES, RESAMPLES + RANDOM_RESAMPLES):
         yield _ask(blank, space, _sampler("random", _seed(seed, number, attempt)))
+    if not space.continuous:
+        yield from _grid(space)
+
+
+def _grid(space: Space) -> Iterator[Proposal]:
+    return (_draw(optuna.trial.FixedTrial(params), space) for params in space.grid())
 
 
 def _ask(study: optuna.Study, space: Space, sampler: optuna.samplers.BaseSampler) -> Proposal:

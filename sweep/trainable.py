@@ -5,7 +5,7 @@ One process serves many trials, one after another; what they share (imports, the
 
 import importlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class SlicedTrial(tune.Trainable):
         self._unreported: list[Evaluation] = []
         self._cost = self._assignment.cost
         self._saved = time.monotonic()
+        self._saved_as = (0, 0)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave("preempted", None)  # nothing to do for a trial that was concluded or paused
@@ -99,41 +100,45 @@ class SlicedTrial(tune.Trainable):
 
     def _enter(self) -> Trial:
         mine = self._assignment
-        found = checkpoint.newest(mine.directory)
-        job = replace(mine.job, score_base=mine.number == 0)  # once per sweep is enough
-        trial: Trial = importlib.import_module(f"trainables.{mine.trainable}").start(mine.config, job, found)
-        self._unreported = [e for e in trial.evaluations if e.evaluation > mine.reported]
         name = tracking.run_name(mine.number, mine.config, mine.searched)
         facts = {"trial": mine.number, "model": mine.job.model, "sweep": mine.tracking.group}
         self._run = tracking.start(mine.tracking, mine.run_id, name, mine.config.model_dump() | facts)
+        module = importlib.import_module(f"trainables.{mine.trainable}")
+        trial: Trial = module.start(mine.config, mine.job, checkpoint.newest(mine.directory))
+        self._unreported = [e for e in trial.evaluations if e.evaluation > mine.reported]
+        self._saved_as = (trial.step, len(trial.evaluations))
         return trial
 
     def _save(self) -> None:
         """Write a checkpoint; of the older ones only that of the best evaluation stays."""
         assert self._trial is not None
-        written = checkpoint.write(
-            self._assignment.directory, self._trial.step, self._trial.evaluations, self._trial.save
-        )
-        lowest = checkpoint.best(self._assignment.directory)
-        checkpoint.prune(self._assignment.directory, {written.path, *([lowest.path] if lowest else [])})
-        self._saved = time.monotonic()
+        state = (self._trial.step, len(self._trial.evaluations))
+        if state != self._saved_as:
+            written = checkpoint.write(
+                self._assignment.directory, self._trial.step, self._trial.evaluations, self._trial.save
+            )
+            lowest = checkpoint.best(self._assignment.directory)
+            checkpoint.prune(self._assignment.directory, {written.path, *([lowest.path] if lowest else [])})
+        self._saved_as, self._saved = state, time.monotonic()
 
     def _leave(self, state: tracking.State, reason: str | None) -> None:
-        if self._trial is None:
-            return
+        """End the run and give the trial's memory back; nothing when that was done."""
+        run, self._run = self._run, None
         trial, self._trial = self._trial, None
-        assert self._run is not None
-        tracking.finish(self._run, state, summary(trial, self._assignment.first_rung, reason))
-        trial.close()
+        if run is not None:
+            tracking.finish(run, state, summary(trial, self._assignment.first_rung) | {"stop_reason": reason})
+        if trial is not None:
+            trial.close()
 
 
-def summary(trial: Trial, first_rung: int, reason: str | None) -> dict[str, Any]:
-    """What W&B shows of a run in its table."""
+def summary(trial: Trial | None, first_rung: int) -> dict[str, Any]:
+    """What W&B shows of a run in its table; nothing of a trial that could not be started."""
+    if trial is None:
+        return {}
     lowest = best(trial.evaluations)
     return {
         "best_eval_loss": lowest.loss if lowest else None,
         "best_step": lowest.step if lowest else None,
         "first_rung_eval_loss": next((e.loss for e in trial.evaluations if e.evaluation == first_rung), None),
         "budget_share": trial.step / trial.total_steps,
-        "stop_reason": reason,
     }

@@ -29,7 +29,11 @@ storage: sweeps
 def environment(**variables: str) -> dict[str, str]:
     """The environment of a sweep: no key, no hub, one thread."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RAY_ADDRESS"))}
-    return clean | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"} | variables
+    return (
+        clean
+        | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        | variables
+    )
 
 
 def command(space: Path, *options: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tests import sweeps
+from tests.test_tracking import final, records
 from trainables import checkpoint
 
 
@@ -122,6 +123,42 @@ def test_hours_end_a_sweep_that_can_go_on(space):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "budget.hours 0.003 is used up" in done.stdout
     assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space))
+    done = sweeps.run(space)  # without the limit: it may change
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The sweep goes on" in done.stdout
+    assert all(entry.state.is_finished() for entry in sweeps.entries(space))
+
+
+def test_a_lost_process_is_no_fault_of_the_configuration(undisturbed, space):
+    """Every process dies once in the middle of its first trial: the trials go on from their checkpoints."""
+    _, _, expected = undisturbed
+    done = sweeps.run(space, TOY_FAULT="exit:10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost its process" in done.stdout
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_processes_that_die_in_a_row_end_the_sweep_in_a_resumable_state(undisturbed, space):
+    _, _, expected = undisturbed
+    broken = sweeps.run(space, TOY_FAULT="exit:1")
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "5 trials in a row broke down" in broken.stdout
+    assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_an_exception_fails_its_trial_alone_and_is_told(space):
+    done = sweeps.run(space, "--set", "search.trials=2", "--set", "tracking.mode=offline", TOY_FAULT="raise:3")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr == ""
+    reason = "ValueError: TOY_FAULT at step 3, [in brackets]"
+    assert reason in done.stdout
+    for entry in sweeps.entries(space):
+        assert (entry.state, entry.reason) == (TrialState.FAIL, reason)
+        (fragment,) = space.parent.glob(f"sweeps/toy/wandb/*run-*/run-*-{entry.number:03d}.wandb")
+        assert final(records(fragment))["state"] == "failed"
 
 
 def test_second_driver_is_refused(space):

@@ -167,3 +167,29 @@ def test_every_trial_is_a_run_of_the_project(undisturbed):
         assert summary["first_rung_eval_loss"] == entry.losses[1]
         assert summary["budget_share"] == entry.cost.steps / 24
         assert summary.get("stop_reason") == entry.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_length: 64", "max_length: 3"), "max_length"),
+        (("train.jsonl", "broken.jsonl"), "broken.jsonl"),
+        (("/llama", "/unfinished"), "config.json is missing"),
+    ],
+)
+def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_path, change, message):
+    """Exit code 2, nothing started, and nothing left behind that the mended spec would stumble over."""
+    (inputs / "broken.jsonl").write_text('{"prompt": "1 +", "completion": " 2"}\n{"prompt": "1 + ')
+    (inputs / "unfinished").mkdir(exist_ok=True)
+    space = write(tmp_path, inputs)
+    good = space.read_text()
+    space.write_text(good.replace(*change))
+    refused = sweeps.run(space)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (space.parent / "sweeps/tiny/space.yaml").exists()
+    if "max_length" in message:
+        space.write_text(good)
+        mended = sweeps.run(space, "--set", "search.trials=1", "--set", "budget.steps=4")
+        assert mended.returncode == 0, mended.stdout + mended.stderr

@@ -23,7 +23,8 @@ ROWS = 480
 def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> "Toy":
     """A toy trial, fresh or from where `checkpoint` left it.
 
-    TOY_STEP_SECONDS in the environment makes every step take that long, so that tests can interrupt a trial.
+    For tests that disturb trials, in the environment: TOY_STEP_SECONDS makes every step take that long. TOY_FAULT
+    `exit:10` ends the process at step 10 of a trial that was not started from a checkpoint, `raise:10` raises there.
     """
     return Toy(config, job, checkpoint)
 
@@ -50,6 +51,8 @@ class Toy:
         self.due = job.budget.evaluation_steps(self.total_steps)
         self.score_base = job.score_base
         self.seconds_per_step = float(os.environ.get("TOY_STEP_SECONDS", "0"))
+        self.fault, _, at = os.environ.get("TOY_FAULT", ":-1").partition(":")
+        self.fault_step = int(at) if checkpoint is None else -1
         self.noise = random.Random(config.seed)
         self.momentum = 0.0
         self.step = 0
@@ -78,6 +81,10 @@ class Toy:
     def _train(self) -> Step:
         time.sleep(self.seconds_per_step)
         self.step += 1
+        if self.step == self.fault_step:
+            if self.fault == "exit":
+                os._exit(1)
+            raise ValueError(f"TOY_FAULT at step {self.step}, [in brackets]")
         self.momentum = 0.9 * self.momentum + 0.1 * self.noise.gauss(0.0, 0.05)
         loss = math.nan if self.config.learning_rate > 0.05 else self._loss() + self.momentum
         learning_rate = self.config.learning_rate * (1 - (self.step - 1) / self.total_steps)

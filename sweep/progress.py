@@ -46,7 +46,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
-            self._live = Live(get_renderable=self._table, console=self.console, refresh_per_second=2, transient=True)
+            self._live = Live(get_renderable=self.table, console=self.console, refresh_per_second=2, transient=True)
             self._live.start()
         return self
 
@@ -95,7 +95,8 @@ class Progress:
         if not self._live:
             self.console.print(f"{time.monotonic() - self._began:7.1f} s  {line}", highlight=False, soft_wrap=True)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """Running trials below the best of those that have ended."""
         rows = sorted(self._rows.values(), key=lambda row: row.entry.best[1] if row.entry.best else float("inf"))
         running = [row for row in rows if row.entry.state is TrialState.RUNNING]
         ended = [row for row in rows if row.entry.state is not TrialState.RUNNING]

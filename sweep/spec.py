@@ -76,7 +76,7 @@ class Budget(Section):
     evaluations: Annotated[int, Field(ge=1)] = 5
     """Equal parts that the budget is cut into; the validation loss is taken at the end of each."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours after which the sweep ends in a state that can be resumed; without it, it runs to the end."""
+    """Hours of wall clock of one run of the command, after which it ends and can be resumed; no limit unless given."""
 
     @property
     def per_trial(self) -> TrialBudget:

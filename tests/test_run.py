@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tests import sweeps
-from tests.test_tracking import final, records
+from tests.wandb_files import final, records
 from trainables import checkpoint
 
 

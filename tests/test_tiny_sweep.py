@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 from sweep.study import ranking
 from tests import sweeps
-from tests.test_tracking import final, history, records
 from tests.tiny import make_tiny_llama, make_tiny_rows
+from tests.wandb_files import final, history, records
 
 SPEC = """
 name: tiny

@@ -15,6 +15,7 @@ import pytest
 
 from sweep import tracking
 from sweep.tracking import Tracking
+from tests.wandb_files import final, history, records
 from tests.wandb_server import WandbServer, serve
 from trainables.config import QLoRAConfig
 from trainables.protocol import Evaluation, Slice, Step
@@ -78,34 +79,12 @@ def fragments(to: Tracking, run_id: str) -> list[Path]:
     return sorted(Path(to.directory).glob(f"wandb/*run-*/run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime)
 
 
-def records(fragment: Path) -> dict[str, list[dict[str, Any]]]:
-    """All that wandb wrote to a file, by type."""
-    from wandb.util import get_core_path
-
-    inspect = ["leet", "inspect", "--json", "--no-observability", "--run-file", str(fragment), str(fragment.parent)]
-    printed = subprocess.run([get_core_path(), *inspect], capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in printed.splitlines():
-        content = json.loads(line)
-        found.setdefault(content["type"], []).append(content[content["type"]])
-    return found
-
-
-def history(fragment: Path) -> list[dict[str, Any]]:
-    return [row["item"] for row in records(fragment).get("history", [])]
-
-
 def seen(rows: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """Steps trained and steps evaluated at, in the order recorded."""
     return (
         [row["train/global_step"] for row in rows if "train/loss" in row],
         [row["train/global_step"] for row in rows if "eval/loss" in row],
     )
-
-
-def final(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The summary that all updates add up to."""
-    return {name: value for update in found["summary"] for name, value in update["update"].items()}
 
 
 def wandb_processes(pid: int | None = None) -> list[psutil.Process]:

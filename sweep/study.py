@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,11 +97,12 @@ class Ledger:
     def __init__(self, storage: BaseStorage, name: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = storage
-        self._study = optuna.create_study(
+        # Not `create_study(load_if_exists=True)`: it appends to a journal each time that it finds the study there.
+        known = any(study.study_name == name for study in storage.get_all_studies())
+        opened = optuna.load_study if known else partial(optuna.create_study, direction="minimize")
+        self._study = opened(
             storage=storage,
             study_name=name,
-            direction="minimize",
-            load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals come from `propose`
         )
 

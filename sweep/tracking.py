@@ -100,7 +100,7 @@ def resolve(
 
 def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
     """Number of the trial and the hyperparameters that differ between trials: `007 r16 a32 lr2.0e-04 nf4 bf16`."""
-    return f"{number:03d} {described(config, searched)}"
+    return f"{number:03d} {described(config, searched)}".rstrip()
 
 
 def described(config: QLoRAConfig, searched: Iterable[str]) -> str:

@@ -83,9 +83,9 @@ def test_told_truthfully(tmp_path):
     ledger.report(complete, 3, 1.8)  # told again after an interruption
     ledger.complete(complete)
     ledger.report(stopped, 1, 3.0)
+    ledger.spend(stopped, Cost(seconds=2.5, steps=3))
     ledger.stop(stopped, "poor")
     ledger.fail(failed, "diverged")
-    ledger.spend(stopped, Cost(seconds=2.5, steps=3))
 
     entries = open_journal(tmp_path / "study.log", "t").entries()
     assert [entry.state for entry in entries] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]

@@ -148,6 +148,25 @@ def test_scaling(llama, rslora, scaling):
     model.detach(adapted)
 
 
+def test_bf16_products_on_a_cpu_without_bf16_are_those_of_fp32_rounded():
+    model.multiply_bf16_in_fp32()
+    draw = torch.Generator().manual_seed(0)
+    x, w, bias = (torch.randn(*shape, generator=draw) for shape in ((3, 40, 64), (96, 64), (96,)))
+    rounded = [tensor.bfloat16() for tensor in (x, w, bias)]
+    exact = torch.nn.functional.linear(*(tensor.double() for tensor in rounded))
+    x16, w16, _ = (tensor.requires_grad_() for tensor in rounded)
+    product = torch.nn.functional.linear(*rounded)
+    assert product.dtype == torch.bfloat16
+    assert torch.equal(product, exact.bfloat16())
+    product.sum().backward()
+    assert (x16.grad.dtype, w16.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    ones = torch.ones(120, 96, dtype=torch.float64)
+    assert torch.equal(x16.grad.flatten(0, 1), (ones @ w16.double()).bfloat16())
+    assert torch.equal(torch.bmm(x16, x16.mT), torch.bmm(x16.double(), x16.double().mT).bfloat16())
+    scaled = torch.addmm(bias, x[0], w.T, beta=0.5, alpha=2)
+    assert torch.allclose(scaled, 0.5 * bias + 2 * x[0] @ w.T, atol=1e-5)  # fp32 is what it was
+
+
 @pytest.mark.parametrize(("double_quant", "constants"), [(True, 1 / 64 + 4 / 64 / 256), (False, 4 / 64)])
 def test_footprint(llama, double_quant, constants):
     base = model.base(llama, "nf4", "bf16", double_quant)

@@ -1,5 +1,6 @@
 """The verbs, thin."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(
     from sweep.progress import Progress
     from trainables.data import DataError
 
-    console = Console(markup=False, emoji=False)  # paths and error messages hold brackets
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
+    console = Console(markup=False, emoji=False, width=width)  # paths and error messages hold brackets
     again = shlex.join(["python", "-m", "sweep", *sys.argv[1:]])
     try:
         with Progress(console, spec.space.searched, spec.search.trials, spec.budget.evaluations) as progress:
@@ -77,6 +79,33 @@ def run(
     if outcome.cause == "breakdown" or (outcome.cause is None and not report.any_finished(outcome.ledger.entries())):
         if outcome.cause is None:
             console.print(f"No trial finished. The ledger is in {outcome.paths.root}", highlight=False)
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def sync(
+    sweep: Annotated[Path, typer.Argument(help="A sweep's directory, like sweeps/pricer.", show_default=False)],
+) -> None:
+    """Send to W&B what it lacks of a sweep: offline runs, and online ones whose upload was cut off.
+
+    Example: python -m sweep sync sweeps/pricer
+
+    Every row is sent once, also when this is interrupted and repeated.
+
+    Exit codes: 0 W&B has everything, 1 it does not yet: run it again,
+    2 wrong input and nothing was sent: no sweep there, a sweep that is running, no usable key.
+    """
+    from sweep.sync import Refused, upload
+
+    try:
+        outcome = upload(sweep)
+    except Refused as error:
+        _refuse(str(error))
+    for run, reason in outcome.failed.items():
+        print(f"{run}: {reason}", file=sys.stderr)
+    complete = outcome.runs - len(outcome.failed)
+    print(f"W&B has {complete} of {outcome.runs} runs of {sweep}, {len(outcome.sent)} of them sent now.")
+    if outcome.failed:
         raise typer.Exit(EXIT_FAILED)
 
 

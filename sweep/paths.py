@@ -41,11 +41,6 @@ class SweepPaths:
         return self.root
 
     @property
-    def ray(self) -> Path:
-        """Ray's own files: may be deleted."""
-        return self.root / "ray"
-
-    @property
     def best(self) -> Path:
         """The best adapter, ready to be loaded with PEFT."""
         return self.root / "best"

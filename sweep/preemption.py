@@ -30,6 +30,24 @@ class Drain:
 
 
 @contextmanager
+def shielded_from_signals() -> Iterator[None]:
+    """Processes that are started in the block never get SIGTERM or SIGINT; here both come once it is over.
+
+    Schedulers signal every process of a job at once. Ray's own must outlive that: over them the trials are asked to
+    write their checkpoints. (Ray ends its processes with SIGKILL when SIGTERM does not do it.) Handlers that the block
+    installs, as `ray.init` does, are put back.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
 def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[None]:
     """SIGTERM and SIGINT raise the flag; a second one, or `grace` seconds, end the process at once with code 75.
 

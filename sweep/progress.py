@@ -14,7 +14,7 @@ from sweep.study import ENDED_AS, Entry
 from sweep.tracking import described
 from trainables.protocol import Slice
 
-STATES = {TrialState.RUNNING: "running"} | ENDED_AS
+STATES = {TrialState.RUNNING: "running", **ENDED_AS}
 """Words for a trial's state."""
 
 ENDED_SHOWN = 12
@@ -30,7 +30,7 @@ class _Row:
 
 @dataclass
 class Progress:
-    """Listens to a sweep (see `early_stopping.Listener`) and shows it on `console`, from `with` to its end."""
+    """Listens to a sweep (see `scheduler.Listener`) and shows it on `console`, from `with` to its end."""
 
     console: Console
     searched: Sequence[str]

@@ -70,7 +70,10 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     if ranked:
         winner = ranked[0]
         assert winner.best is not None
-        gain = f", {default.best[1] - winner.best[1]:.4f} below the default" if default and default.best else ""
+        gain = ""
+        if default is not None and default.best is not None:
+            ahead = default.best[1] - winner.best[1]
+            gain = ", the default itself" if winner is default else f", {ahead:.4f} below the default"
         lines.append(f"winner                {winner.best[1]:.4f}  (trial {winner.number:03d}{gain})")
     return lines
 

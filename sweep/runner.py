@@ -9,27 +9,33 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import filelock
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from sweep import report, tracking
 from sweep import spec as specs
-from sweep.early_stopping import LedgerScheduler, Listener, rungs, settle
+from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
-from sweep.preemption import Drain, draining_after, draining_on_signals
+from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
+from sweep.repair import starting_halvings
+from sweep.scheduler import LedgerScheduler, Listener, Watch
 from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import Entry, Ledger, Proposal, open_journal, propose, ranking
-from sweep.trainable import Assignment, SlicedTrial
+from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking
+from sweep.trainable import Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
@@ -40,6 +46,8 @@ QUIET_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asks for no GPU sees none
+    "RAY_memory_monitor_refresh_ms": "0",  # Tune ends the whole run on the error that its kills raise
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune hands a preempted trial out again, beside us
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most slices carry no validation loss
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table says it
@@ -65,7 +73,7 @@ class Outcome:
     exhausted: str | None
     """Why fewer than `search.trials` were tried, if so."""
     winner: Entry | None
-    """The trial whose best checkpoint is in best/; None when no trial has one, or after a signal."""
+    """The trial whose best checkpoint is in best/; None when no trial has one, or after a signal or breakdown."""
     seconds: float
     """Wall clock of this call."""
 
@@ -77,38 +85,46 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
     """
     began = time.monotonic()
-    if "://" in spec.storage:
-        raise Refused(f"storage: {spec.storage} is not a directory; this version keeps sweeps on file systems only")
     paths = SweepPaths(Path(spec.storage).absolute() / spec.name)
-    content_hash = _check_inputs(spec)
+    inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
     drain = Drain()
     winner = None
-    with _locked(paths):
+    farewell = f"Preempted. The same command goes on: {again}"
+    with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(paths) as lease:
         _same_as_recorded(spec, paths)
-        with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency:
+        with (
+            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
+            draining_after(drain, spec.budget.hours),
+        ):
             if spec.resources.gpus and spec.space.may_be("compute_dtype", "bf16"):
                 _check_bf16(spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
-            ledger = _open(spec, paths, content_hash)
+            ledger = _open(spec, paths, inputs)
             if len(ledger):
                 listener.resumed(ledger.entries())
+
+            first_rung = spec.early_stopping.grace if spec.early_stopping else 1
 
             def assign(entry: Entry) -> Assignment:
                 entries = ledger.entries()
                 running = [other.number for other in entries if other.state is TrialState.RUNNING]
                 score_base = report.base_loss(entries) is None and entry.number == min(running)
+                halvings = starting_halvings(entry, entries)
+                if halvings > entry.halvings:
+                    ledger.halve(entry.number, halvings)
                 return Assignment(
                     number=entry.number,
                     trainable=spec.trainable,
                     config=entry.config,
-                    job=replace(job, score_base=score_base),
+                    job=replace(job, score_base=score_base, halvings=halvings),
                     directory=paths.trial(entry.number),
+                    lease=lease,
                     reported=entry.reported,
                     cost=entry.cost,
-                    first_rung=spec.early_stopping.grace if spec.early_stopping else 1,
+                    first_rung=first_rung,
                     tracking=tracked,
-                    run_id=f"{ledger.noted('sweep_id')}-{entry.number:03d}",
+                    run_id=_run_id(ledger, entry),
                     searched=spec.space.searched,
                     checkpoint_minutes=spec.checkpoint.every,
                 )
@@ -122,6 +138,9 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
                 return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
 
+            _end_runs(
+                ledger, paths, tracked, spec.space.searched, spec.model or "", spec.budget.evaluations, first_rung
+            )
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
 
             def ask(entries: list[Entry]) -> Proposal:
@@ -134,18 +153,25 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 propose=ask,
                 settle=settled,
                 assign=assign,
-                draining=drain,
+                drain=drain,
                 started=started,
             )
+            watch = Watch(drain, spec.trial_timeout)
             scheduler = LedgerScheduler(
-                ledger, settle=settled, hand_out_again=searcher.hand_out_again, drain=drain, listener=listener
+                ledger,
+                settle=settled,
+                put_back=searcher.hand_out_again,
+                drain=drain,
+                listener=listener,
+                directory=paths.root,
+                watch=watch,
             )
-            with (
-                draining_on_signals(drain, spec.preemption.grace, f"Preempted. The same command goes on: {again}"),
-                draining_after(drain, spec.budget.hours),
-            ):
-                _tune(searcher, scheduler, drain, paths, spec.resources.cpus, spec.resources.gpus)
-        if drain.cause != "signal":
+            if not drain():
+                _tune(searcher, scheduler, watch, drain, spec.resources.cpus, spec.resources.gpus)
+        tracking.close()
+        for note in tracking.notes():
+            listener.note(note)
+        if drain.cause not in ("signal", "breakdown"):
             tidy(ledger, paths, spec.checkpoint.keep)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
             winner = report.export_best(ledger, paths, spec.model or spec.trainable, tokenizer)
@@ -163,14 +189,13 @@ def tidy(ledger: Ledger, paths: SweepPaths, keep: int) -> None:
         checkpoint.prune(directory, {kept.path} if kept else set())
 
 
-def _check_inputs(spec: SweepSpec) -> str:
-    """Look at model and data without starting anything; returns the hash of their content, empty for `toy`."""
+def _check_inputs(spec: SweepSpec) -> dict[str, str]:
+    """Look at model and data without starting anything; returns hashes of their content, none for `toy`."""
     if spec.trainable == "toy":
-        return ""
+        return {}
     assert spec.model is not None
     assert spec.data is not None
-    data.check_model(spec.model)
-    return data.content_hash(spec.data, spec.model)
+    return {"model": data.model_hash(spec.model), "data": data.content_hash(spec.data, spec.model)}
 
 
 def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
@@ -182,8 +207,12 @@ def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
 
 
 @contextmanager
-def _locked(paths: SweepPaths) -> Iterator[None]:
-    """Hold the sweep directory; the kernel lets go when the process dies, so a crash leaves no false alarm."""
+def _locked(paths: SweepPaths) -> Iterator[Lease]:
+    """Hold the sweep directory; the kernel lets go when the process dies, so a crash leaves no false alarm.
+
+    The lease that is given out holds until the next driver has the directory.
+    """
+    fresh = not paths.root.exists()
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(paths.lock, timeout=0)
@@ -196,8 +225,16 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
             f"storage: cannot write to {paths.root} ({error.strerror}); name a directory that is yours"
         ) from error
     try:
-        paths.lock_holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
+        lease = Lease(
+            paths.lock_holder,
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC",
+        )
+        paths.lock_holder.write_text(lease.text)
+        yield lease
+    except (Refused, data.DataError):
+        if fresh and not paths.spec.exists():
+            shutil.rmtree(paths.root)  # nothing was started
+        raise
     finally:
         lock.release()
 
@@ -208,7 +245,8 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with shielded_from_signals():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise Refused(
             f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
@@ -260,27 +298,51 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
         )
 
 
-def _open(spec: SweepSpec, paths: SweepPaths, content_hash: str) -> Ledger:
-    """The ledger of a new or a recorded sweep."""
+def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str]) -> Ledger:
+    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about."""
+    begun = paths.spec.exists()
+    place = _without_password(spec.ledger) if spec.ledger else str(paths.ledger)
+    if begun and not spec.ledger and not paths.ledger.exists():
+        raise Refused(f"{paths.root} holds a sweep, but its ledger {place} is gone. {_NO_LEDGER}")
     try:
         ledger = Ledger.at_url(spec.ledger, spec.name) if spec.ledger else open_journal(paths.ledger, spec.name)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    if ledger.noted("sweep_id") is None:
-        ledger.note("content_hash", content_hash)
+    except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
+        raise Refused(f"ledger: {place} cannot be opened ({' '.join(str(error).split())})") from error
+    recorded = ledger.noted("inputs")
+    if begun and recorded is None:
+        raise Refused(f"{paths.root} holds a sweep, but {place} knows nothing of it. {_NO_LEDGER}")
+    if spec.ledger and not begun and recorded is not None:
+        raise Refused(
+            f"ledger: {place} has a study called {spec.name} already, but {paths.root} holds no sweep. Give this sweep"
+            " another `name`, or bring that sweep's directory here."
+        )
+    if recorded is None:
         ledger.note("environment", _environment())
         ledger.note("sweep_id", secrets.token_hex(4))
-    if ledger.noted("content_hash") != content_hash:
+        ledger.note("inputs", inputs)
+    elif recorded != inputs:
+        changed = " and ".join(name for name in inputs if inputs[name] != recorded.get(name))
         raise Refused(
-            f"model or data are not those that {paths.root} was begun with: recorded"
-            f" {ledger.noted('content_hash')[:12]}, found {content_hash[:12]}."
-            " Give this sweep another `name`, restore the files, or move the directory away."
+            f"{changed}: the content is not that which {paths.root} was begun with. Give this sweep another `name`,"
+            " restore the files, or move the directory away."
         )
     header = "".join(f"# {name}: {value}\n" for name, value in ledger.noted("environment").items())
+    shown = spec.model_copy(update={"ledger": place}) if spec.ledger else spec
     unfinished = paths.spec.with_suffix(".tmp")
-    unfinished.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(spec)}")
+    unfinished.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(shown)}")
     unfinished.rename(paths.spec)
     return ledger
+
+
+_NO_LEDGER = "Restore it from a backup or name the right one; to begin anew, move the directory away."
+
+
+def _without_password(url: str) -> str:
+    """A database URL that may be written down."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:  # it is none, which is told when it is opened
+        return "the URL given"
 
 
 def _environment() -> dict[str, str]:
@@ -303,6 +365,39 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
 
 
+def _run_id(ledger: Ledger, entry: Entry) -> str:
+    return f"{ledger.noted('sweep_id')}-{entry.number:03d}"
+
+
+def _end_runs(
+    ledger: Ledger,
+    paths: SweepPaths,
+    tracked: tracking.Tracking,
+    searched: tuple[str, ...],
+    model: str,
+    evaluations: int,
+    first_rung: int,
+) -> None:
+    """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget."""
+    for entry in ledger.entries():
+        directory = paths.trial(entry.number)
+        if not entry.state.is_finished() or not tracking.lacks_its_end(directory):
+            continue
+        steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}
+        number, loss = entry.best or (None, None)
+        facts = {
+            "best_eval_loss": loss,
+            "best_step": steps.get(number) if number is not None else None,
+            "first_rung_eval_loss": entry.losses.get(first_rung),
+            "budget_share": max(entry.reported, 0) / evaluations,
+            "stop_reason": entry.reason,
+        }
+        name = tracking.run_name(entry.number, entry.config, searched)
+        config = tracking.run_config(entry.number, entry.config, model, tracked.group)
+        run = tracking.start(tracked, _run_id(ledger, entry), name, config, directory)
+        tracking.finish(run, ENDED_AS[entry.state], facts)
+
+
 def _usual_default(space: Space) -> list[dict[str, Any]]:
     """The documented defaults as the first trial, when the space has them: a sweep should beat what people use."""
     try:
@@ -311,50 +406,32 @@ def _usual_default(space: Space) -> list[dict[str, Any]]:
         return []
 
 
-class _DrainWatch(tune.Callback, tune.Stopper):
-    """Ends Tune's loop when the sweep drains and the last running trial has left."""
-
-    def __init__(self, drain: Drain) -> None:
-        self._drain = drain
-        self._running = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Empty: Ray writes its pieces to disk for a restore that is never used."""
-        return {}
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._running = sum(trial.status == "RUNNING" for trial in trials)
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._drain() and self._running == 0
-
-
 def _tune(
-    searcher: LedgerSearcher, scheduler: LedgerScheduler, drain: Drain, paths: SweepPaths, cpus: float, gpus: float
+    searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, cpus: float, gpus: float
 ) -> None:
-    """Let Ray Tune run what the searcher hands out."""
-    shutil.rmtree(paths.ray, ignore_errors=True)  # of an earlier driver: nothing in it is ever read
-    watch = _DrainWatch(drain)
-    tuner = tune.Tuner(
-        tune.with_resources(SlicedTrial, {"cpu": cpus, "gpu": gpus}),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
-            num_samples=-1,  # the searcher says when it is done
-            reuse_actors=True,
-            trial_name_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
-            trial_dirname_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
-        ),
-        run_config=tune.RunConfig(
-            name=paths.ray.name,
-            storage_path=str(paths.root),
-            callbacks=[watch],
-            stop=watch,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),
-        ),
-    )
-    tuner.fit()
+    """Let Ray Tune run what the searcher hands out. Nothing of its own files is ever read: they go when it is done."""
+    with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(SlicedTrial, {"cpu": cpus, "gpu": gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1,  # the searcher says when it is done
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
+                trial_dirname_creator=lambda trial: f"{trial.config['assignment'].number:03d}",
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                callbacks=[watch],
+                stop=watch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their own
+            ),
+        )
+        try:
+            tuner.fit()
+        except Exception as error:  # noqa: BLE001 - what Tune does not expect of Ray it raises, with trials under way
+            drain.request("breakdown", f"Ray Tune failed ({type(error).__name__}: {error})")

@@ -6,6 +6,7 @@ from typing import Any
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from sweep.preemption import Drain
 from sweep.study import Entry, Ledger, Proposal, SpaceExhausted
 
 
@@ -25,7 +26,7 @@ class LedgerSearcher(Searcher):
         propose: Callable[[list[Entry]], Proposal],
         settle: Callable[[int], bool],
         assign: Callable[[Entry], Any],
-        draining: Callable[[], bool],
+        drain: Drain,
         started: Callable[[Entry], None],
     ) -> None:
         """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open."""
@@ -35,7 +36,7 @@ class LedgerSearcher(Searcher):
         self._concurrency = concurrency
         self._propose = propose
         self._assign = assign
-        self._draining = draining
+        self._drain = drain
         self._started = started
         self._unfinished = [
             entry.number for entry in ledger.entries() if entry.state is TrialState.RUNNING and not settle(entry.number)
@@ -46,8 +47,15 @@ class LedgerSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """What a process gets; None when as many trials run as may; FINISHED when there is nothing left to do."""
-        if self._draining():
+        if self._drain():
             return Searcher.FINISHED
+        try:
+            return self._suggest()
+        except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises; out of here it would end Tune
+            self._drain.request("breakdown", f"No trial can be handed out ({type(error).__name__}: {error})")
+            return Searcher.FINISHED
+
+    def _suggest(self) -> Any:
         self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
         if len(self._handed_out) >= self._concurrency:
             return None
@@ -61,13 +69,14 @@ class LedgerSearcher(Searcher):
     def hand_out_again(self, number: int) -> None:
         """Put a trial back that lost its process: it is the next, and goes on from its newest checkpoint."""
         self._handed_out.discard(number)
-        self._unfinished.insert(0, number)
+        if number not in self._unfinished:
+            self._unfinished.insert(0, number)
 
     def _next(self) -> Entry | None:
         if self._unfinished:
             return self._ledger.entry(self._unfinished.pop(0))
         entries = self._ledger.entries()
-        if len(entries) >= self._trials:
+        if len(entries) >= self._trials or self.exhausted:
             return None
         try:
             return self._ledger.add(self._propose(entries))

@@ -4,6 +4,7 @@
 Optuna is never imported here: its callers bring the trial.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -181,14 +182,6 @@ class Space:
         """Fields with more values than can be listed."""
         return tuple(name for name, dimension in self.dimensions.items() if dimension.source.values is None)
 
-    @property
-    def size(self) -> int | None:
-        """Number of different configurations, None when they cannot be listed."""
-        if self.continuous:
-            return None
-        conditions = [name for dimension in self.dimensions.values() for name in dimension.when]
-        return _count(list(self.dimensions.values()), _with_needs(self.dimensions, conditions), {})
-
     def may_be(self, name: str, value: Any) -> bool:
         """Whether a configuration of the space may have `value` in the field `name`, which has no range."""
         dimension = self.dimensions.get(name)
@@ -250,6 +243,8 @@ def checked(name: str, raw: object) -> Any:
     if name not in DEFAULTS:
         raise Invalid([((), unknown_key(name, DEFAULTS))])
     value = validated(QLoRAConfig.model_fields[name], raw)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Invalid([((), f"received {shown(raw)}, should be a finite number")])
     if value == () or (isinstance(value, tuple) and "" in value):
         raise Invalid([((), f"received {shown(raw)}, should name at least one layer and no empty name")])
     return value
@@ -362,6 +357,8 @@ def _when(raw: object) -> dict[str, tuple[Any, ...]]:
     when: dict[str, tuple[Any, ...]] = {}
     for name, one in raw.items():
         with gathering(faults, name):
+            if one == []:
+                raise Invalid([((), unknown_key(name, DEFAULTS) if name not in DEFAULTS else "received an empty list")])
             when[name] = tuple(checked(name, value) for value in (one if isinstance(one, list) else [one]))
     if faults:
         raise Invalid(faults)
@@ -439,19 +436,6 @@ def _combinations(
     for drawn in dimension.source.values or ():
         searched = {} if isinstance(dimension.source, Fixed) else {dimension.parameter: _stored(drawn)}
         yield from _combinations(rest, params | searched, values | {dimension.name: dimension.value(drawn, values)})
-
-
-def _count(dimensions: Sequence[Dimension], deciding: set[str], values: dict[str, Any]) -> int:
-    """Length of `_combinations`, without going through the fields on which no condition depends."""
-    if not dimensions:
-        return 1
-    dimension, rest = dimensions[0], dimensions[1:]
-    if not dimension.in_effect(values):
-        return _count(rest, deciding, values)
-    drawn = dimension.source.values or ()
-    if dimension.name not in deciding:
-        return len(drawn) * _count(rest, deciding, values)
-    return sum(_count(rest, deciding, values | {dimension.name: dimension.value(one, values)}) for one in drawn)
 
 
 def _with_needs(dimensions: Mapping[str, Dimension], names: Sequence[str]) -> set[str]:

@@ -26,7 +26,7 @@ PAGED = "paged_adamw_8bit"
 RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", "steps"): ("budget", "epochs")}
 """Setting one of these on the command line removes the other one that the file has."""
 
-FREE = {"budget.hours", "search.trials", "storage", "ledger"}
+FREE = {"budget.hours", "search.trials", "storage", "ledger", "trial_timeout"}
 """Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
 FREE_SECTIONS = {"tracking", "resources", "preemption", "checkpoint"}
 ROWS = {"data.train", "data.validation", "data.test"}
@@ -49,6 +49,12 @@ def _file_name(name: str) -> str:
 def _url(text: str) -> str:
     if "://" not in text:
         raise ValueError("should be an Optuna storage URL such as sqlite:///sweep.db")
+    return text
+
+
+def _no_url(text: str) -> str:
+    if "://" in text:
+        raise ValueError("should be a directory, on a file system that all machines of the sweep see")
     return text
 
 
@@ -168,10 +174,13 @@ class SweepSpec(Section):
     """Weights & Biases."""
     resources: Resources = Resources()
     """What a trial gets."""
-    storage: Annotated[str, Field(min_length=1)] = "sweeps"
-    """Where sweep directories are made: a directory, relative to the working directory, or a URL such as s3://…."""
+    storage: Annotated[str, Field(min_length=1), AfterValidator(_no_url)] = "sweeps"
+    """Where sweep directories are made: a directory, relative to the working directory."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
-    """Any Optuna storage URL; a journal file in the sweep directory unless given. A must when `storage` is a URL."""
+    """Any Optuna storage URL; a journal file in the sweep directory unless given."""
+    trial_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds without a sign of life (the loading of the model counts as none) after which a trial's process is killed;
+    a second time, the trial fails."""
     preemption: Preemption = Preemption()
     """What happens when the machine is taken away."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
@@ -301,9 +310,6 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
         if given("space") and found.get("resources.gpus") == 0 and found["space"].may_be("optimizer", PAGED):
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
-    if given("storage") and "://" in found["storage"] and "ledger" in found and not given("ledger"):
-        text = f"received {shown(found['storage'])}, no directory that could hold the ledger; give its URL as ledger"
-        yield ("storage",), text
     if found.get("search.sampler") == "gp" and found.get("early_stopping"):
         yield ("search", "sampler"), "received gp, which learns from complete trials only; set early_stopping: false"
     if given("space"):

@@ -32,7 +32,11 @@ RESAMPLES = 10
 RANDOM_RESAMPLES = 200
 """How many uniform draws follow, before what is left of a space with finitely many configurations is listed."""
 
-ENDED_AS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+ENDED_AS: Mapping[TrialState, Literal["complete", "stopped", "failed"]] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
 """Our words for the ends of a trial."""
 
 Sampler = Literal["tpe", "random", "grid", "gp"]
@@ -89,6 +93,21 @@ class Entry:
     @property
     def cost(self) -> Cost:
         return Cost(**self.trial.user_attrs.get("cost", {}))
+
+    @property
+    def halvings(self) -> int:
+        """How often its micro-batch was halved because memory ran out."""
+        return int(self.trial.user_attrs.get("halvings", 0))
+
+    @property
+    def deaths(self) -> tuple[int, ...]:
+        """For each time that its process died without a reason that is known: the newest evaluation by then."""
+        return tuple(self.trial.user_attrs.get("deaths", ()))
+
+    @property
+    def silences(self) -> int:
+        """How often its process was killed because nothing was heard of it."""
+        return int(self.trial.user_attrs.get("silences", 0))
 
 
 class Ledger:
@@ -154,6 +173,21 @@ class Ledger:
         """Write what the trial has used so far, over all attempts."""
         self._storage.set_trial_user_attr(self._id(number), "cost", asdict(cost))
 
+    def halve(self, number: int, halvings: int) -> None:
+        """Write how often the trial's micro-batch was halved."""
+        self._storage.set_trial_user_attr(self._id(number), "halvings", halvings)
+
+    def died(self, number: int) -> Entry:
+        """Write that the trial's process died for no reason that is known."""
+        entry = self.entry(number)
+        self._storage.set_trial_user_attr(self._id(number), "deaths", [*entry.deaths, entry.reported])
+        return self.entry(number)
+
+    def silent(self, number: int) -> Entry:
+        """Write that the trial's process was killed because nothing was heard of it."""
+        self._storage.set_trial_user_attr(self._id(number), "silences", self.entry(number).silences + 1)
+        return self.entry(number)
+
     def complete(self, number: int) -> None:
         """End a trial that used its whole budget; its value is its best validation loss."""
         best = self.entry(number).best
@@ -164,8 +198,10 @@ class Ledger:
         """End a trial that early stopping gave up."""
         self._end(number, TrialState.PRUNED, reason)
 
-    def fail(self, number: int, reason: str) -> None:
-        """End a trial whose configuration cannot be trained."""
+    def fail(self, number: int, reason: str, traceback: str | None = None) -> None:
+        """End a trial whose configuration cannot be trained; `traceback` is kept for whoever looks for the cause."""
+        if traceback is not None:
+            self._storage.set_trial_user_attr(self._id(number), "traceback", traceback)
         self._end(number, TrialState.FAIL, reason)
 
     def note(self, key: str, value: Any) -> None:

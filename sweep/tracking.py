@@ -2,12 +2,13 @@
 
 Training never waits for W&B. Rows go through a queue to a thread, which alone talks to wandb; the runs of a process
 take turns there. wandb writes each row to a file on disk (a *fragment*, one for every attempt of a run) before it
-uploads it. When W&B cannot be used the rows go to an offline fragment, to be uploaded with `wandb sync`, and `notes`
+uploads it. When W&B cannot be used the rows go to an offline fragment, to be uploaded with `sweep.sync`, and `notes`
 says so.
 
-No row is recorded twice: an attempt that goes on after another leaves out what the server has (online) or what earlier
-fragments hold (offline). Both are asked when the attempt starts, so they are right after any kill. Online, rows that an
-earlier attempt wrote but did not upload any more are sent first.
+Before it is queued, a row is appended to a file of the trial: what a killed process had not handed to wandb yet, the
+next attempt does. No row is recorded twice: an attempt that goes on after another leaves out what the server has
+(online) or what earlier fragments hold (offline). Both are asked when the attempt starts, so they are right after any
+kill. Online, rows that an earlier attempt wrote but did not upload any more are sent first.
 """
 
 import json
@@ -43,7 +44,10 @@ FINISH_SECONDS = 8.0
 RETRY_SECONDS = 60.0
 """How long a process leaves W&B alone after it failed."""
 
-_STEP, _EVALUATION = "train/global_step", "eval/evaluation"
+ROWS, RECORDED = "rows.jsonl", "rows.recorded"
+"""Files in a trial's directory: its rows, and the mark that wandb has written the run's end."""
+STEP, EVALUATION = "train/global_step", "eval/evaluation"
+"""Names in the rows; every row has the first, those of an evaluation the second."""
 
 logger = logging.getLogger(__name__)
 _notes: SimpleQueue[str] = SimpleQueue()
@@ -80,6 +84,8 @@ class Run:
 
     queue: SimpleQueue[Row | End]
     thread: threading.Thread
+    rows: Path
+    """All rows of all attempts."""
 
 
 def resolve(
@@ -103,27 +109,58 @@ def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
     return f"{number:03d} {described(config, searched)}".rstrip()
 
 
+def run_config(number: int, config: QLoRAConfig, model: str, group: str) -> dict[str, Any]:
+    """The config of a run: flat, so that a panel of parallel coordinates needs no clicking about."""
+    return config.model_dump() | {"trial": number, "model": model, "sweep": group}
+
+
 def described(config: QLoRAConfig, searched: Iterable[str]) -> str:
     """The hyperparameters that differ between trials: `r16 a32 lr2.0e-04 nf4 bf16`."""
     return " ".join(_short(name, getattr(config, name)) for name in searched)
 
 
-def start(tracking: Tracking, run_id: str, name: str, config: Mapping[str, Any]) -> Run:
-    """Begin to record a run, or go on with it when `run_id` was recorded before. Returns at once and never raises."""
+def start(tracking: Tracking, run_id: str, name: str, config: Mapping[str, Any], directory: Path) -> Run:
+    """Begin to record a run, or go on with it when `run_id` was recorded before; `directory` is the trial's own.
+
+    Returns at once. Raises OSError when nothing can be written there.
+    """
     queue: SimpleQueue[Row | End] = SimpleQueue()
+    rows = directory / ROWS
     thread = threading.Thread(
-        target=_record, args=(tracking, run_id, name, dict(config), queue), name=f"wandb {run_id}", daemon=True
+        target=_record, args=(tracking, run_id, name, dict(config), queue, rows), name=f"wandb {run_id}", daemon=True
     )
+    if tracking.mode != "disabled":
+        directory.mkdir(parents=True, exist_ok=True)
+        with rows.open("ab") as stream:
+            stream.truncate(rows.read_bytes().rfind(b"\n") + 1)  # a killed process may have left half a row
     _threads[:] = [*(earlier for earlier in _threads if earlier.is_alive()), thread]
     thread.start()
-    return Run(queue, thread)
+    return Run(queue, thread, rows)
 
 
 def log(run: Run, happened: Slice) -> None:
-    """Record the optimiser steps and the evaluation of a slice. Returns at once and never raises."""
-    if run.thread.is_alive():  # it is not when tracking is disabled, or nothing could be written
-        for row in _rows(happened):
+    """Record the optimiser steps and the evaluation of a slice. Returns at once; OSError when the disk refuses."""
+    rows = list(_rows(happened))
+    if run.rows.exists():  # it is not when tracking is disabled
+        with run.rows.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    if run.thread.is_alive():  # it is not when nothing can be recorded
+        for row in rows:
             run.queue.put(row)
+
+
+def logged(directory: Path) -> list[Row]:
+    """All rows of the trial with this directory, in the order of their logging; some twice after an interruption."""
+    rows = directory / ROWS
+    if not rows.exists():
+        return []
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
+
+
+def lacks_its_end(directory: Path) -> bool:
+    """Whether the trial with this directory has rows, and wandb was not seen to write the end of its run."""
+    return (directory / ROWS).exists() and not (directory / RECORDED).exists()
 
 
 def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:
@@ -153,22 +190,34 @@ def notes() -> list[str]:
             return told
 
 
-def _mode_here(wanted: Literal["auto", "online"]) -> Mode:
+def find_key(remedy: str) -> "wandb.sdk.lib.wbauth.Auth | None":
+    """The key for W&B, looked for where wandb does, without asking for it or contacting anyone.
+
+    ValueError, which ends with `remedy`, when there is one that cannot be used.
+    """
     _quieten_wandb()
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    settings = wandb_setup.singleton().settings  # starts no process, unlike wandb.setup()
+    host = wandb_setup.singleton().settings.base_url  # starts no process, unlike wandb.setup()
+    try:
+        return wbauth.authenticate_session(host=host, source="sweep", prompt=False, update_session=False)
+    except AuthenticationError as error:
+        raise ValueError(f"tracking: the key for {host} cannot be used ({error}); {remedy}") from error
+
+
+def _mode_here(wanted: Literal["auto", "online"]) -> Mode:
+    _quieten_wandb()
+    from wandb.sdk import wandb_setup
+
+    settings = wandb_setup.singleton().settings
     if wanted == "auto" and settings.mode == "disabled":
         return "disabled"
     if wanted == "auto" and settings.mode in ("offline", "dryrun"):
         return "offline"
     remedy = "run `wandb login`, set WANDB_API_KEY, or set tracking.mode to offline"
-    try:
-        key = wbauth.authenticate_session(host=settings.base_url, source="sweep", prompt=False, update_session=False)
-    except AuthenticationError as error:
-        raise ValueError(f"tracking: the key for {settings.base_url} cannot be used ({error}); {remedy}") from error
+    key = find_key(remedy)
     if key is None and wanted == "online":
         raise ValueError(f"tracking.mode is online, but there is no key for {settings.base_url}; {remedy}")
     return "online" if key else "offline"
@@ -199,7 +248,7 @@ def _short(name: str, value: bool | float | str | tuple[str, ...]) -> str:
 def _rows(happened: Slice) -> Iterator[Row]:
     for step in happened.steps:
         yield {
-            _STEP: step.step,
+            STEP: step.step,
             "train/loss": step.loss,
             "train/learning_rate": step.learning_rate,
             "train/grad_norm": step.grad_norm,
@@ -207,13 +256,13 @@ def _rows(happened: Slice) -> Iterator[Row]:
         }
     if happened.evaluation is not None:
         yield {
-            _STEP: happened.evaluation.step,
-            _EVALUATION: happened.evaluation.evaluation,
+            STEP: happened.evaluation.step,
+            EVALUATION: happened.evaluation.evaluation,
             "eval/loss": happened.evaluation.loss,
         }
 
 
-def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: SimpleQueue[Row | End]) -> None:
+def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: SimpleQueue[Row | End], rows: Path) -> None:
     """The thread of a run, from start to finish."""
     if tracking.mode == "disabled":
         return
@@ -226,11 +275,18 @@ def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: Simp
             return _fail(f"cannot write to {tracking.directory} ({error.strerror}); trials are not recorded")
         for mode in ("offline" if time.monotonic() < _offline_until else tracking.mode, "offline"):
             try:
-                return _write(tracking, mode, run_id, name, config, _all_of(received, queue))
+                items = chain(logged(rows.parent), _all_of(received, queue))
+                _write(tracking, mode, run_id, name, config, items)
             except Exception as error:
                 logger.debug("run %s", run_id, exc_info=True)
-                _fail(f"{_reason(error, run_id)}; rows go to {tracking.directory}/wandb, upload them with `wandb sync`")
+                kept = f"rows are kept, upload them with `python -m sweep sync {tracking.directory}`"
+                _fail(f"{_reason(error, run_id)}; {kept}")
                 _end_wandb()
+            else:
+                end = received[-1]
+                if isinstance(end, End) and end.state != "preempted":
+                    (rows.parent / RECORDED).touch()
+                return
         _fail("it failed twice; rows of a trial are lost")
 
 
@@ -245,15 +301,32 @@ def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterato
 def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, items: Iterator[Row | End]) -> None:
     """Write a fragment: `items` up to their End. Raises whatever wandb raises."""
     _quieten_wandb()
-    earlier = [row for fragment in _fragments(tracking.directory, run_id) for row in _rows_in(fragment)]
-    run = _open(tracking, mode, run_id, name, config)
+    earlier = [row for file in fragments(tracking.directory, run_id) for row in rows_in(records(file))]
+    run = open_run(
+        tracking, mode, run_id, name, config, init_seconds=INIT_SECONDS, finish_seconds=FINISH_SECONDS, measured=True
+    )
     known: dict[str, int] = {}
+    earlier = [row for row in earlier if _is_new(row, known)]
     if mode == "online":
-        known = {clock: int(last) for clock, last in dict(run.summary).items() if clock in (_STEP, _EVALUATION)}
         items = chain(earlier, items)
-    else:
-        for row in earlier:
-            _is_new(row, known)
+        known = {}
+        if earlier and earlier[0][STEP] <= 1:
+            # Not by the summary: where an upload was cut off, it is behind the rows that the server has, or ahead.
+            for row in earlier[: run.starting_step]:  # W&B counts rows from 0
+                _is_new(row, known)
+        else:  # the first fragments are not here
+            known = {clock: int(last) for clock, last in dict(run.summary).items() if clock in (STEP, EVALUATION)}
+    try:
+        send(run, items, known)
+    except TimeoutError:
+        _fail(
+            f"uploading was cut off after {FINISH_SECONDS:g} s; all rows are kept, "
+            f"`python -m sweep sync {tracking.directory}` sends those that are missing"
+        )
+
+
+def send(run: "wandb.Run", items: Iterable[Row | End], known: dict[str, int]) -> None:
+    """Log those rows that are beyond `known`, up to the End, and finish. TimeoutError when uploading was cut off."""
     for item in items:
         if isinstance(item, End):
             end = item
@@ -263,16 +336,24 @@ def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, i
     run.summary.update({**end.summary, "state": end.state})
     if end.state == "preempted":
         run.mark_preempting()
-    try:
-        run.finish(exit_code=0 if end.state in ("complete", "stopped") else 1)
-    except TimeoutError:
-        _fail(
-            f"uploading was cut off after {FINISH_SECONDS:g} s; all rows are in {tracking.directory}/wandb, "
-            "`wandb sync --include-online RUN_DIRECTORY` sends those of a run again"
-        )
+    run.finish(exit_code=0 if end.state in ("complete", "stopped") else 1)
 
 
-def _open(tracking: Tracking, mode: str, run_id: str, name: str, config: Row) -> "wandb.Run":
+def open_run(
+    tracking: Tracking,
+    mode: str,
+    run_id: str,
+    name: str,
+    config: Row,
+    *,
+    init_seconds: float,
+    finish_seconds: float,
+    measured: bool,
+) -> "wandb.Run":
+    """Open a run, or go on with it. wandb raises when opening or finishing it takes longer than the two times say.
+
+    `measured`: record this machine, and its load.
+    """
     import wandb
 
     run = wandb.init(
@@ -294,45 +375,54 @@ def _open(tracking: Tracking, mode: str, run_id: str, name: str, config: Row) ->
             disable_code=True,
             save_code=False,
             allow_val_change=True,
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
+            init_timeout=init_seconds,
+            finish_timeout=finish_seconds,
             finish_timeout_raises=True,
             stop_fn=lambda: _tell("a stop was asked for on its page; it is ignored, interrupt the sweep instead"),
+            x_disable_meta=not measured,
+            x_disable_stats=not measured,
             x_save_requirements=False,
             x_stats_gpu_device_ids=_gpus(),
             x_transaction_log_flush_interval=0.5,  # seconds
         ),
     )
-    run.define_metric(_STEP)
-    run.define_metric("train/*", step_metric=_STEP)
-    run.define_metric("eval/*", step_metric=_STEP)
+    run.define_metric(STEP)
+    run.define_metric("train/*", step_metric=STEP)
+    run.define_metric("eval/*", step_metric=STEP)
     return run
 
 
 def _is_new(row: Row, known: dict[str, int]) -> bool:
     """Whether `row` is beyond the last step and evaluation on record, which are `known`; it is known from now on."""
-    clock = _EVALUATION if _EVALUATION in row else _STEP
+    clock = EVALUATION if EVALUATION in row else STEP
     if row[clock] <= known.get(clock, -1):
         return False
     known[clock] = row[clock]
     return True
 
 
-def _fragments(directory: str, run_id: str) -> list[Path]:
+def fragments(directory: str, run_id: str) -> list[Path]:
     """Files of earlier attempts, oldest first; their directories are named [offline-]run-DATE_TIME-ID."""
     found = Path(directory, "wandb").glob(f"*run-*/run-{escape(run_id)}.wandb")
     return sorted(found, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
-def _rows_in(fragment: Path) -> list[Row]:
-    """Our rows in a fragment, also when it is torn: what can be read here is what can be uploaded."""
+def records(fragment: Path) -> list[dict[str, Any]]:
+    """All that wandb wrote to a fragment, also when it is torn: what can be read here is what can be uploaded.
+
+    subprocess.CalledProcessError, with wandb's words in `stderr`, when it is not a fragment.
+    """
     from wandb.util import get_core_path
 
     # What `wandb leet inspect --json FILE` runs, without the second that importing wandb once more takes.
     inspect = ["leet", "inspect", "--json", "--no-observability", "--run-file", str(fragment), str(fragment.parent)]
     printed = subprocess.run([get_core_path(), *inspect], capture_output=True, text=True, check=True, timeout=60).stdout
-    records = (json.loads(line) for line in printed.splitlines())
-    rows = (record["history"]["item"] for record in records if record["type"] == "history")
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def rows_in(found: Iterable[dict[str, Any]]) -> list[Row]:
+    """Our rows among the records of a fragment."""
+    rows = (record["history"]["item"] for record in found if record["type"] == "history")
     return [
         {name: float(value) if isinstance(value, str) else value for name, value in row.items() if name[0] != "_"}
         for row in rows  # non-finite numbers are printed as strings

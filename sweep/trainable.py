@@ -4,22 +4,59 @@ One process serves many trials, one after another; what they share (imports, the
 """
 
 import importlib
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
+import ray
 from ray import tune
 
 from sweep import tracking
+from sweep.repair import may_halve
 from trainables import checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Cost, Evaluation, Job, Slice, Trial, best
+from trainables.protocol import Cost, Evaluation, Job, OutOfMemory, Slice, Trial, best
 
 SLICE_SECONDS = 2.0
 """Wall clock of one call: short enough to look alive and to stop quickly, long enough that calls cost nothing."""
 WAIT_SECONDS = 9.0
 """How long an ending process waits for W&B; Ray kills it after 10."""
+NOTHING = Slice((), None, None, False, 0)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right of one driver's trials to write into the sweep directory; the next driver's lease replaces it."""
+
+    file: Path
+    text: str
+
+    def holds(self) -> bool:
+        try:
+            return self.file.read_text() == self.text
+        except FileNotFoundError:  # the directory was moved away
+            return False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a trial, as plain values."""
+
+    reason: str
+    traceback: str
+    errno: int | None
+    """Of the operating system."""
+    environment: bool
+    """Whether files, network or memory of the machine are to blame rather than the configuration."""
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        reason = f"{type(error).__name__}: {error}".strip()
+        environment = isinstance(error, OSError | MemoryError | ImportError)
+        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment)
 
 
 @dataclass(frozen=True)
@@ -33,6 +70,7 @@ class Assignment:
     job: Job
     directory: Path
     """Where its checkpoints are."""
+    lease: Lease
     reported: int
     """Newest evaluation that the ledger has, -1 when none."""
     cost: Cost
@@ -53,6 +91,8 @@ class SlicedTrial(tune.Trainable):
         self._assignment: Assignment = config["assignment"]
         self._trial: Trial | None = None
         self._run: tracking.Run | None = None
+        self._banner = ""
+        self._reported = self._assignment.reported
         self._unreported: list[Evaluation] = []
         self._cost = self._assignment.cost
         self._saved = time.monotonic()
@@ -64,6 +104,30 @@ class SlicedTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        if not self._assignment.lease.holds():
+            os._exit(1)  # this process has outlived its driver
+        try:
+            return self._told(self._advance())
+        except OutOfMemory as error:
+            reason = str(error)  # the error itself holds on to the tensors of its frames
+        except Exception as error:  # noqa: BLE001 - the driver decides; Tune ends the run on one it cannot unpickle
+            return self._told(NOTHING) | {"failure": Failure.of(error)}
+        return self._told(self._make_room(reason))
+
+    def _told(self, slice_: Slice) -> dict[str, Any]:
+        """What the driver gets to know of a slice."""
+        self._cost = self._cost.plus(slice_)
+        return {
+            "slice": slice_,
+            "cost": self._cost,
+            "banner": self._banner,
+            "notes": tracking.notes(),
+            "halvings": self._assignment.job.halvings,
+            "node": ray.get_runtime_context().get_node_id(),
+            "failure": None,
+        }
+
+    def _advance(self) -> Slice:
         if self._trial is None:
             self._trial = self._enter()
         if self._unreported:
@@ -71,24 +135,43 @@ class SlicedTrial(tune.Trainable):
             slice_ = Slice((), evaluation, None, self._trial.step == self._trial.total_steps, 0)
         else:
             slice_ = self._trial.advance(SLICE_SECONDS)
-        self._cost = self._cost.plus(slice_)
         assert self._run is not None
-        # Before the checkpoint: a kill between the two then repeats rows, which W&B's side knows, and loses none.
+        # Before the checkpoint: a kill between the two then repeats rows, which tracking knows, and loses none.
         tracking.log(self._run, slice_)
+        if slice_.evaluation is not None:
+            self._reported = slice_.evaluation.evaluation
         evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
         due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
         if slice_.failure is None and (evaluated or due):
             self._save()
-        return {"slice": slice_, "cost": self._cost, "banner": self._trial.banner, "notes": tracking.notes()}
+        return slice_
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Called when the sweep drains: the trial's own checkpoint is written, Ray's directory stays empty."""
-        if self._trial is not None and self._trial.step > 0:
+    def _make_room(self, reason: str) -> Slice:
+        """Halve the micro-batch: the next slice goes on from here with it."""
+        assert self._trial is not None
+        job, config = self._assignment.job, self._assignment.config
+        if not may_halve(config, job.halvings):
+            rows = config.micro_batch(job.halvings)
+            return Slice((), None, f"out of memory with a micro-batch of {rows}: {reason}", True, 0)
+        if self._trial.step > 0:
             self._save()
-        self._leave("preempted", None)
+        self._trial.close()
+        self._trial = None
+        self._assignment = replace(self._assignment, job=replace(job, halvings=job.halvings + 1))
+        return NOTHING
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """A trial finds its newest checkpoint by itself, when it starts."""
+    def save_and_leave(self) -> None:
+        """The sweep drains: write a checkpoint and end this attempt.
+
+        Tune's own `save` would copy a directory to a storage that all machines must see.
+        """
+        reason = None
+        try:
+            if self._trial is not None and self._trial.step > 0:
+                self._save()
+        except OSError as error:  # the checkpoint before it is intact, and so is the ledger
+            reason = f"no last checkpoint: {error}"
+        self._leave("preempted", reason)
 
     def conclude(self, state: tracking.State, reason: str | None) -> None:
         """The driver's word on how the trial ended."""
@@ -100,14 +183,21 @@ class SlicedTrial(tune.Trainable):
 
     def _enter(self) -> Trial:
         mine = self._assignment
-        name = tracking.run_name(mine.number, mine.config, mine.searched)
-        facts = {"trial": mine.number, "model": mine.job.model, "sweep": mine.tracking.group}
-        self._run = tracking.start(mine.tracking, mine.run_id, name, mine.config.model_dump() | facts)
         module = importlib.import_module(f"trainables.{mine.trainable}")
-        trial: Trial = module.start(mine.config, mine.job, checkpoint.newest(mine.directory))
-        self._unreported = [e for e in trial.evaluations if e.evaluation > mine.reported]
+        try:
+            trial: Trial = module.start(mine.config, mine.job, checkpoint.newest(mine.directory))
+        finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
+            self._run = self._run or self._record()
+        self._banner = trial.banner
+        self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))
         return trial
+
+    def _record(self) -> tracking.Run:
+        mine = self._assignment
+        name = tracking.run_name(mine.number, mine.config, mine.searched)
+        config = tracking.run_config(mine.number, mine.config, mine.job.model, mine.tracking.group)
+        return tracking.start(mine.tracking, mine.run_id, name, config, mine.directory)
 
     def _save(self) -> None:
         """Write a checkpoint; of the older ones only that of the best evaluation stays."""
@@ -115,11 +205,18 @@ class SlicedTrial(tune.Trainable):
         state = (self._trial.step, len(self._trial.evaluations))
         if state != self._saved_as:
             written = checkpoint.write(
-                self._assignment.directory, self._trial.step, self._trial.evaluations, self._trial.save
+                self._assignment.directory, self._trial.step, self._trial.evaluations, self._write
             )
             lowest = checkpoint.best(self._assignment.directory)
             checkpoint.prune(self._assignment.directory, {written.path, *([lowest.path] if lowest else [])})
         self._saved_as, self._saved = state, time.monotonic()
+
+    def _write(self, directory: Path) -> None:
+        """Write the checkpoint's files; it gets its name only as long as this process may write at all."""
+        assert self._trial is not None
+        self._trial.save(directory)
+        if not self._assignment.lease.holds():
+            os._exit(1)
 
     def _leave(self, state: tracking.State, reason: str | None) -> None:
         """End the run and give the trial's memory back; nothing when that was done."""

@@ -16,7 +16,7 @@ import pytest
 import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables.config import DataConfig
-from trainables.data import DataError, Rows, check_model, content_hash, load, prepare
+from trainables.data import DataError, Rows, check_model, content_hash, load, model_hash, prepare
 
 TEXT = [{"text": f"the dog counts to {n} and then sleeps"} for n in range(12)]
 PAIRS = [{"prompt": f"How many letters stand here? {'x' * n} =", "completion": f" {n} letters"} for n in range(12)]
@@ -130,7 +130,7 @@ def test_a_fraction_is_split_off_by_seed_and_mapped(llama: str, tmp_path: Path) 
     parts = [{rows[i][0].tobytes() for i in range(len(rows))} for rows in (tokens.train, tokens.validation)]
     assert [len(part) for part in parts] == [30, 10]
     assert not parts[0] & parts[1]
-    assert prepared.content_hash == prepared.path.name == content_hash(data(1), llama) != content_hash(data(2), llama)
+    assert content_hash(data(1), llama) != content_hash(data(2), llama)
 
     assert tokens.test is None
     assert isinstance(tokens.train.input_ids, np.memmap)
@@ -160,7 +160,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, "seconds in process
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as second_writer:
         first = prepare(data, llama, tmp_path / "tokens")
         assert second_writer.communicate()[0].splitlines()[:2] == [repr(first), "[]"]
-    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [first.content_hash]
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [first.path.name]
     assert first.rows == {"train": 11, "validation": 4, "test": 12}
     for part in ("left aside: id", "test rows stand in the training rows too (line", "is not a prefix of"):
         assert any(part in note for note in first.notes), part
@@ -256,6 +256,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("rows.jsonl", '{"prompt": "a", "completion": ["b"]}', r'line 1: completion is a list \["b"\], where a string'),
         ("rows.jsonl", '{"prompt": "a", "completion": ""}\n', "line 1: completion is empty"),
         ("rows.jsonl", '{"text": "\\ud83d"}\n', "line 1: text holds half a character"),
+        ("rows.jsonl", GOOD + "[" * 100_000, "line 2: cannot be read"),
+        ("rows.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1: cannot be read"),
         ("rows.jsonl", "[1, 2]\n", r"line 1: is a list \[1, 2\], where an object"),
         ("rows.jsonl", GOOD.encode() + b'{"text": "\xe9"}\n', "line 2: not UTF-8: byte 45 of the file is 0xe9"),
         ("rows.csv", b"text\ngr\xfcn\n", "line 2: not UTF-8: byte 7 of the file is 0xfc"),
@@ -352,12 +354,24 @@ def test_a_model_that_is_not_whole_is_refused(
         check_model(str(model))
 
 
+def test_the_model_hash_follows_config_and_weights(llama: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    assert model_hash(str(model)) == model_hash(llama)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    retrained = model_hash(str(model))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert len({model_hash(llama), retrained, model_hash(str(model))}) == 3
+
+
 def test_what_is_not_on_disk_is_missing_or_left_to_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
     ask = """
 import sys
 from trainables.data import DataError, check_model
-for name in ("models/absent", "./absent", "nobody/absent", "absent"):
+for name in ("./absent", "nobody/absent", "absent"):
     try:
         check_model(name)
     except DataError as error:
@@ -366,11 +380,9 @@ for name in ("models/absent", "./absent", "nobody/absent", "absent"):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     asked = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True)
     answers = asked.stdout.splitlines()
-    assert [answer.startswith(("model models/absent: there", "model ./absent: there")) for answer in answers[:2]] == [
-        True
-    ] * 2
-    assert all("and the Hub said: Cannot find an appropriate cached snapshot" in answer for answer in answers[2:])
-    assert len(answers) == 4, asked.stderr
+    assert answers[0].startswith("model ./absent: there")
+    assert all("and the Hub said: Cannot find an appropriate cached snapshot" in answer for answer in answers[1:])
+    assert len(answers) == 3, asked.stderr
 
 
 def test_the_pricer_files_are_what_their_script_makes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import checkpoint, data, model, qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import DataConfig, QLoRAConfig
-from trainables.protocol import Budget, Evaluation, Job, Slice, Step
+from trainables.protocol import Budget, Evaluation, Job, OutOfMemory, Slice, Step
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
 CONFIG = QLoRAConfig(r=8, alpha=16, learning_rate=5e-3, batch_size=8, compute_dtype="fp32", seed=3)
@@ -537,6 +537,40 @@ def test_what_is_not_finite_ends_the_trial_before_the_update(tiny, poison, words
         assert torch.equal(weight, before[name]) or poison is poison_weights
     assert trial.advance(0.0).failure == slice_.failure
     trial.close()
+
+
+def test_out_of_memory_leaves_the_trial_where_it_stood(tiny, tmp_path, monkeypatch):
+    """Memory runs out in the middle of step 3, after random numbers were drawn: no weight, no draw is lost to it."""
+    config = CONFIG.model_copy(update={"dropout": 0.1})
+    never_disturbed = curve(config, tiny)
+    loss_sum, room = qlora_sft.loss_sum, 8
+
+    def scarce(base, batch, compute_dtype):
+        loss = loss_sum(base, batch, compute_dtype)
+        if len(batch.input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr(qlora_sft, "loss_sum", scarce)
+    trial = qlora_sft.start(config, tiny, None)
+    done = losses(trial.advance(0.0).steps) + losses(trial.advance(0.0).steps)
+    room = 4
+    for _ in range(2):
+        with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+            trial.advance(1000.0)
+    assert trial.step == 2
+    found = checkpoint.write(tmp_path, trial.step, trial.evaluations, trial.save)
+    trial.close()
+    room = 24
+    rest, evaluations = curve(config, tiny, found)
+    assert (done + rest, evaluations) == never_disturbed
+
+
+def test_halved_micro_batches_learn_the_same(tiny):
+    config = CONFIG.model_copy(update={"dropout": 0.0})
+    whole, halved = curve(config, tiny), curve(config, replace(tiny, halvings=3))
+    assert halved[0] == pytest.approx(whole[0], abs=1e-5)
+    assert halved[1] == pytest.approx(whole[1], abs=1e-5)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_trial(tiny):

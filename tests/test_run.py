@@ -1,32 +1,16 @@
 """`python -m sweep run` on the toy trainable: the whole of the framework through real Ray and Optuna."""
 
 import json
-import signal
+import shutil
 from itertools import pairwise
 
 import pytest
 from optuna.trial import TrialState
 
+from sweep.study import Ledger
 from tests import sweeps
-from tests.wandb_files import final, records
+from tests.wandb_files import final, history, records
 from trainables import checkpoint
-
-
-@pytest.fixture
-def space(tmp_path):
-    file = tmp_path / "toy.yaml"
-    file.write_text(sweeps.TOY)
-    return file
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A whole sweep, run once."""
-    file = tmp_path_factory.mktemp("undisturbed") / "toy.yaml"
-    file.write_text(sweeps.TOY)
-    done = sweeps.run(file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return file, done, sweeps.entries(file)
 
 
 def test_a_whole_sweep(undisturbed):
@@ -82,42 +66,6 @@ def test_another_spec_in_the_same_directory_is_refused(undisturbed):
     assert "another `name`" in refused.stderr
 
 
-def test_killed_and_run_again(undisturbed, space):
-    """SIGKILL in the middle: the same command ends where an undisturbed sweep does, to the last bit."""
-    _, _, expected = undisturbed
-    kills = 0
-    for progress in (2, 11):  # evaluations in the ledger at the moment of the kill
-        process = sweeps.start(space, TOY_STEP_SECONDS="0.02")
-        sweeps.wait_until(lambda seen=progress: sweeps.reported(space) >= seen, process)
-        process.kill()
-        process.wait()
-        kills += 1
-    assert kills == 2
-    assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space))
-    done = sweeps.run(space)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_preempted_and_run_again(undisturbed, space, number):
-    """A signal: the running trial writes a checkpoint, exit code 75, the same command goes on."""
-    _, _, expected = undisturbed
-    process = sweeps.start(space, TOY_STEP_SECONDS="0.6")  # several slices to an evaluation
-    first = space.parent / "sweeps/toy/trials/000"
-    sweeps.wait_until(lambda: sweeps.reported(space) == 2, process)  # the base's, and the first
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 75, output
-    assert "The same command goes on: python -m sweep run" in output
-    assert checkpoint.newest(first).step not in (0, *(round(60 * k / 9) for k in range(1, 10)))  # between evaluations
-    done = sweeps.run(space)
-    assert done.returncode == 0, done.stdout + done.stderr
-    after = sweeps.entries(space)
-    assert sweeps.history(after) == sweeps.history(expected)
-    assert after[0].cost.steps == expected[0].cost.steps  # nothing was trained twice
-
-
 def test_hours_end_a_sweep_that_can_go_on(space):
     done = sweeps.run(space, "--set", "budget.hours=0.003", TOY_STEP_SECONDS="0.2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,26 +75,6 @@ def test_hours_end_a_sweep_that_can_go_on(space):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The sweep goes on" in done.stdout
     assert all(entry.state.is_finished() for entry in sweeps.entries(space))
-
-
-def test_a_lost_process_is_no_fault_of_the_configuration(undisturbed, space):
-    """Every process dies once in the middle of its first trial: the trials go on from their checkpoints."""
-    _, _, expected = undisturbed
-    done = sweeps.run(space, TOY_FAULT="exit:10")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "lost its process" in done.stdout
-    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
-
-
-def test_processes_that_die_in_a_row_end_the_sweep_in_a_resumable_state(undisturbed, space):
-    _, _, expected = undisturbed
-    broken = sweeps.run(space, TOY_FAULT="exit:1")
-    assert broken.returncode == 1, broken.stdout + broken.stderr
-    assert "5 trials in a row broke down" in broken.stdout
-    assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
-    done = sweeps.run(space)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
 
 
 def test_an_exception_fails_its_trial_alone_and_is_told(space):
@@ -159,6 +87,29 @@ def test_an_exception_fails_its_trial_alone_and_is_told(space):
         assert (entry.state, entry.reason) == (TrialState.FAIL, reason)
         (fragment,) = space.parent.glob(f"sweeps/toy/wandb/*run-*/run-*-{entry.number:03d}.wandb")
         assert final(records(fragment))["state"] == "failed"
+
+
+def test_a_kill_between_a_trials_end_and_its_recording_leaves_no_run_without_its_end(space):
+    """As if the process had died before wandb got anything: the next driver records the run from the trial's rows."""
+    settings = ("--set", "search.trials=1", "--set", "tracking.mode=offline")
+    done = sweeps.run(space, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = sweeps.entries(space)
+    (fragment,) = space.parent.glob("sweeps/toy/wandb/*run-*/run-*.wandb")
+    before, expected = history(fragment), final(records(fragment))
+    shutil.rmtree(fragment.parent)
+    (space.parent / "sweeps/toy/trials/000/rows.recorded").unlink()
+    again = sweeps.run(space, *settings)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (fragment,) = space.parent.glob("sweeps/toy/wandb/*run-*/run-*.wandb")
+    ours = [name for name in before[0] if name[0] != "_"] + ["eval/loss", "train/loss"]
+    assert [[row.get(name) for name in ours] for row in history(fragment)] == [
+        [row.get(name) for name in ours] for row in before
+    ]
+    told = final(records(fragment))
+    for name in ("best_eval_loss", "best_step", "first_rung_eval_loss", "budget_share", "state"):
+        assert told[name] == expected[name], name
+    assert (told["state"], told["best_eval_loss"]) == ("complete", entry.best[1])
 
 
 def test_second_driver_is_refused(space):
@@ -207,7 +158,36 @@ def test_a_gpu_asked_for_and_none_present(space):
     refused = sweeps.run(space, "--set", "resources.gpus=1")
     assert refused.returncode == 2
     assert "resources.gpus: a trial asks for 1 GPU, the cluster has 0" in refused.stderr
+    assert not (space.parent / "sweeps/toy").exists()
+
+
+@pytest.mark.parametrize("url", ["sqlite:////nowhere/x.db", "foo://bar", "mysql://me:secret@host/db"])
+def test_a_ledger_that_cannot_be_opened(space, url):
+    refused = sweeps.run(space, "--set", f"ledger={url}")
+    assert refused.returncode == 2
+    assert "ledger: " in refused.stderr
+    assert "cannot be opened" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "secret" not in refused.stdout + refused.stderr
+    assert not (space.parent / "sweeps/toy").exists()
+
+
+def test_a_ledger_in_a_database(undisturbed, space):
+    """Any Optuna storage URL does; its password is not written down; the directory alone is no sweep."""
+    _, _, expected = undisturbed
+    url = f"sqlite:///{space.parent}/ledger.db"
+    done = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = Ledger.at_url(url, "toy").entries()
+    assert sweeps.history(entries) == sweeps.history(expected[:2])
+    refused = sweeps.run(space, "--set", "search.trials=2")  # without the URL
+    assert refused.returncode == 2
+    assert "toy holds a sweep, but its ledger" in refused.stderr
     assert not (space.parent / "sweeps/toy/study.log").exists()
+    (space.parent / "ledger.db").unlink()
+    refused = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
+    assert refused.returncode == 2
+    assert "knows nothing of it" in refused.stderr
 
 
 def test_storage_that_is_no_directory(space):

@@ -91,7 +91,7 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    assert len(specs.keys()) == 30
+    assert len(specs.keys()) == 31
     assert [key for key, field in specs.keys().items() if not field.description] == []
 
 
@@ -146,6 +146,9 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("times of an unknown name", "times: r", "times: rr", 11, ["space.alpha.times", '"rr"', "did you mean r?"]),
     ("times in a circle", "times: r", "times: alpha", 11, ["alpha needs alpha"]),
     ("when on an unknown name", "[nf4, fp4]", "[nf4, fp4], when: {rr: 4}", 13, ["when.rr: unknown key"]),
+    ("when on no name", "[nf4, fp4]", "[nf4, fp4], when: {rr: []}", 13, ["when.rr: unknown key"]),
+    ("when never", "[nf4, fp4]", "[nf4, fp4], when: {r: []}", 13, ["when.r: received an empty list"]),
+    ("product too large", "values: [1, 2]", "values: [1e308]", 11, ["space.alpha", "should be a finite number"]),
     ("no space", "  quant", " quant", 13, ["is not YAML"]),
     ("first outside", "{r: 8, alpha: 16}", "{r: 32, alpha: 32}", 7, ["first.0.r: received 32", "should be 4, 8 or 16"]),
     ("first by default outside", "{r: 8, alpha: 16}", "{r: 8}", 7, ["first.0.alpha: not named", "32.0", "name it"]),
@@ -178,11 +181,11 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("more than a GPU", "trainable: toy", "resources: {gpus: 2}", 2, ["resources.gpus: received 2.0", "at most 1"]),
     ("two GPUs", "name: demo", "name: demo\nresources: {gpus: 1.5}", 2, ["resources.gpus: received 1.5", "whole"]),
     (
-        "no ledger",
+        "storage",
         "name: demo",
         "name: demo\nstorage: s3://bucket/x",
         2,
-        ["storage: received", "s3://bucket/x", "as ledger"],
+        ['storage: received "s3://bucket/x"', "should be a directory"],
     ),
     ("ledger", "name: demo", "name: demo\nledger: a.db", 2, ['ledger: received "a.db"', "sqlite:///"]),
     ("name with ..", "name: demo", "name: ../demo", 1, ['name: received "../demo"', "a file name", "letters"]),

@@ -68,11 +68,16 @@ def record(
     to: Tracking, run_id: str, *slices: Slice, state: tracking.State = "complete", **summary: object
 ) -> tracking.Run:
     """One attempt of a run, from start to finish; returns at once."""
-    run = tracking.start(to, run_id, f"run {run_id}", {"r": 16})
+    run = tracking.start(to, run_id, f"run {run_id}", {"r": 16}, trial(to, run_id))
     for happened in slices:
         tracking.log(run, happened)
     tracking.finish(run, state, summary)
     return run
+
+
+def trial(to: Tracking, run_id: str) -> Path:
+    """The directory of the trial that the run records."""
+    return Path(to.directory, "trials", run_id)
 
 
 def fragments(to: Tracking, run_id: str) -> list[Path]:
@@ -94,11 +99,14 @@ def wandb_processes(pid: int | None = None) -> list[psutil.Process]:
 
 
 def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixture[str]) -> None:
-    config = QLoRAConfig(r=8, target_modules=("q_proj", "v_proj")).model_dump()
-    run = tracking.start(offline, "id7", "007 r8", config | {"trial": 7, "model": "m", "sweep": "pricer"})
+    config = QLoRAConfig(r=8, target_modules=("q_proj", "v_proj"))
+    facts = tracking.run_config(7, config, "m", "pricer")
+    run = tracking.start(offline, "id7", "007 r8", facts, trial(offline, "id7"))
     tracking.log(run, Slice((), Evaluation(0, 0, 3.5), None, False, 0))
     tracking.log(run, trained(1, 2))
     tracking.log(run, trained(3, 4, Evaluation(1, 4, 2.5)))
+    while not (fragments(offline, "id7") and "stats" in records(fragments(offline, "id7")[0])):
+        time.sleep(0.1)  # a run may be over before the machine is measured for the first time
     tracking.finish(run, "stopped", {"best_eval_loss": 2.5, "best_step": 4, "stop_reason": "rung 1"})
     tracking.close()
 
@@ -151,6 +159,17 @@ def test_states(offline: Tracking, state: tracking.State, exit_code: int, preemp
     assert final(found)["state"] == state
 
 
+def test_half_a_row_of_a_killed_process_is_left_out(offline: Tracking) -> None:
+    rows = trial(offline, "id") / tracking.ROWS
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"train/global_step": 1, "train/loss": 2.0}\n{"train/global_st')
+    record(offline, "id", trained(2, 3))
+    tracking.close()
+    assert seen(history(fragments(offline, "id")[0])) == ([1, 2, 3], [])
+    assert [row["train/global_step"] for row in tracking.logged(rows.parent)] == [1, 2, 3]
+    assert not tracking.lacks_its_end(rows.parent)
+
+
 def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
     runs = [record(offline, f"id{n}", trained(n, n + 2)) for n in (1, 2, 3)]
     tracking.close()
@@ -168,8 +187,13 @@ def test_disabled_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    record(Tracking("project", None, "pricer", "offline", str(tmp_path / "file" / "sweep")), "id", trained(1, 3))
+    unusable = Tracking("project", None, "pricer", "offline", str(tmp_path / "file" / "sweep"))
+    run = tracking.start(unusable, "id", "name", {}, tmp_path / "trial")
+    tracking.log(run, trained(1, 3))
+    tracking.finish(run, "complete", {})
     tracking.close()
+    assert len(tracking.logged(tmp_path / "trial")) == 3
+    assert tracking.lacks_its_end(tmp_path / "trial")
     assert tracking.notes() == [
         f"W&B: cannot write to {tmp_path}/file/sweep (Not a directory); trials are not recorded"
     ]
@@ -200,7 +224,7 @@ def test_attempts_add_up_offline_and_when_synced(offline: Tracking, server: Wand
     assert second == ([11, 12], [12])
 
     sync = [sys.executable, "-m", "wandb", "sync", "--yes", f"{offline.directory}/wandb"]
-    subprocess.run(sync, check=True, capture_output=True)
+    subprocess.run(sync, check=True, capture_output=True, cwd=offline.directory)
     run = server.runs["id"]
     assert seen(run.rows) == (list(range(1, 13)), [0, 4, 8, 12])
     assert [row["_step"] for row in run.rows] == list(range(16))
@@ -210,9 +234,11 @@ def test_attempts_add_up_offline_and_when_synced(offline: Tracking, server: Wand
 LOGS_UNTIL_KILLED = """
 import os, sys, time
 from itertools import count
+from pathlib import Path
 from sweep import tracking
 from trainables.protocol import Slice, Step
-run = tracking.start(tracking.Tracking("project", None, "pricer", sys.argv[1], sys.argv[2]), "id", "name", {})
+to = tracking.Tracking("project", None, "pricer", sys.argv[1], sys.argv[2])
+run = tracking.start(to, "id", "name", {}, Path(sys.argv[2], "trials", "id"))
 for n in count(1):
     tracking.log(run, Slice((Step(n, 1.0, 0.1, 1.0, 10, 0.1),), None, None, False, 0))
     print(n, time.time(), flush=True)
@@ -245,15 +271,17 @@ def test_kill_9_loses_no_more_than_the_last_moment(offline: Tracking, server: Wa
     assert kept == list(range(1, len(kept) + 1))
     assert set(kept) >= {step for step, when in times.items() if when < killed - 1.5}
 
-    record(offline, "id", trained(len(kept) - 2, len(kept) + 5))
-    tracking.close()  # goes on from a checkpoint
-    assert seen(history(fragments(offline, "id")[-1]))[0] == list(range(len(kept) + 1, len(kept) + 6))
+    last = max(times)  # logged, and told
+    record(offline, "id", trained(last - 2, last + 5))  # goes on from a checkpoint
+    tracking.close()
+    steps = seen(history(fragments(offline, "id")[-1]))[0]
+    assert steps == list(range(len(kept) + 1, last + 6))  # what wandb had not got yet is there
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbServer, mode: tracking.Mode) -> None:
     to = Tracking("project", None, "pricer", mode, str(tmp_path / "sweep"))
-    run = tracking.start(to, "id", "name", {})
+    run = tracking.start(to, "id", "name", {}, trial(to, "id"))
     tracking.log(run, trained(1, 10))
     while not (fragments(to, "id") and len(history(fragments(to, "id")[0])) == 10):
         time.sleep(0.1)
@@ -266,7 +294,7 @@ def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbS
     steps = [step for fragment in fragments(to, "id") for step in seen(history(fragment))[0]]
     assert steps == list(range(1, 31))
     [note] = tracking.notes()
-    assert "wandb sync" in note
+    assert "sweep sync" in note
     record(to, "next", trained(1, 3))
     tracking.close()
     assert len(history(fragments(to, "next")[0])) == 3
@@ -287,7 +315,7 @@ def test_a_server_that_fails_holds_nothing_up(online: Tracking, server: WandbSer
         assert final(found)["best_step"] == 100
     [note] = tracking.notes()
     assert online.directory in note
-    assert "wandb sync" in note
+    assert "sweep sync" in note
     assert "id1" not in note
 
 
@@ -295,7 +323,7 @@ def test_a_server_that_fails_holds_nothing_up(online: Tracking, server: WandbSer
 def test_a_server_that_fails_later(
     online: Tracking, server: WandbServer, fault: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tracking.start(online, "id", "name", {})
+    run = tracking.start(online, "id", "name", {}, trial(online, "id"))
     while "id" not in server.runs:
         time.sleep(0.02)
     server.fault = fault
@@ -339,15 +367,17 @@ def test_online_runs_and_their_resumption(
     assert tracking.notes() == []
 
 
+@pytest.mark.parametrize("summary", [{}, {"train/global_step": 2}, {"train/global_step": 4}, {"train/global_step": 5}])
 def test_rows_that_were_not_uploaded_any_more_are_sent_by_the_next_attempt(
-    online: Tracking, server: WandbServer
+    online: Tracking, server: WandbServer, summary: dict[str, int]
 ) -> None:
+    """Whatever the server's summary says, which is not always as far as its rows are."""
     diverged = Evaluation(1, 10, float("nan"))
     record(online, "id", trained(1, 10, diverged), state="preempted")
     tracking.close()
     run = server.runs["id"]
     run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:4]  # as if the machine had died
-    run.summary = run.rows[-1]
+    run.summary = summary
     record(online, "id", trained(9, 12))
     tracking.close()
     assert seen(run.rows) == (list(range(1, 13)), [10])

@@ -23,6 +23,8 @@ class ServedRun:
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     """Lines of wandb-history.jsonl (rows), wandb-events.jsonl (system metrics) …"""
+    uploads: list[str] = field(default_factory=list)
+    """Names of whole files: wandb-metadata.json, config.yaml …"""
     exit_code: int | None = None
 
     @property
@@ -31,7 +33,11 @@ class ServedRun:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`fault` decides over all requests: None answers, a number is the status of every answer, `hang` never answers."""
+    """`fault` decides over all requests: None answers, a number is the status of every answer, `hang` never answers.
+
+    `stream_fault` does so over uploads of rows alone. `dies` is (rows, fault): when it has so many rows of a run it
+    fails like that, in the middle of a request, of which it keeps the rows that fit.
+    """
 
     daemon_threads = True
 
@@ -41,6 +47,8 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, ServedRun] = {}
         self.requests: list[str] = []
         self.fault: int | str | None = None
+        self.stream_fault: int | None = None
+        self.dies: tuple[int, int | str] | None = None
         self.closing = threading.Event()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -57,13 +65,20 @@ class WandbServer(ThreadingHTTPServer):
             run.summary |= json.loads(variables["summaryMetrics"] or "{}")
             return {"upsertBucket": {"bucket": _bucket(run), "inserted": not run.files}}
         if operation == "CreateRunFiles":
+            self.runs[variables["run"]].uploads += variables["files"]
             files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         return {}
 
     def stream(self, run_id: str, body: dict[str, Any]) -> None:
         run = self.runs[run_id]
-        for name, chunk in body.get("files", {}).items():
+        files = body.get("files", {})
+        rows = files.get("wandb-history.jsonl")
+        if self.dies and rows and rows["offset"] + len(rows["content"]) >= self.dies[0]:
+            room, self.fault = self.dies
+            body = {}
+            files = {"wandb-history.jsonl": {**rows, "content": rows["content"][: room - rows["offset"]]}}
+        for name, chunk in files.items():
             if name == "wandb-summary.json":
                 run.summary = json.loads(chunk["content"][-1])
             else:
@@ -114,6 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} {self.path}")
+        is_stream = self.path.endswith("/file_stream")
+        if is_stream and self.server.stream_fault is not None:
+            return self.answer(self.server.stream_fault, {"error": "fault"})
+        if is_stream and self.server.fault is None:
+            self.server.stream(self.path.split("/")[-2], json.loads(body))
         fault = self.server.fault
         if fault == "hang":
             self.server.closing.wait()
@@ -121,9 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(fault if isinstance(fault, int) else 503, {"errors": [{"message": "fault"}]})
         if self.path == "/graphql":
             query = json.loads(body)
-            return self.answer(200, {"data": self.server.graphql(query["operationName"], query["variables"])})
-        if self.path.endswith("/file_stream"):
-            self.server.stream(self.path.split("/")[-2], json.loads(body))
+            operation = query["query"].split("(")[0].split()[-1]  # its `operationName` may be empty
+            return self.answer(200, {"data": self.server.graphql(operation, query["variables"])})
         self.answer(200, {})
 
     do_GET = do_PUT = do_POST

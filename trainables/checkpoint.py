@@ -68,6 +68,8 @@ def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save:
             target.rename(replaced)
         temporary.rename(target)
     except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush(trial_dir)
@@ -76,7 +78,14 @@ def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save:
 
 
 def newest(trial_dir: Path) -> Checkpoint | None:
-    """The valid checkpoint with the most steps, or None. Warns of each newer one that is torn or altered."""
+    """The valid checkpoint with the most steps, or None. Warns of each newer one that is torn or altered.
+
+    One that a killed `write` was about to replace gets its name back: the caller is the trial that owns the directory.
+    """
+    for replaced in trial_dir.glob(".step-*.old"):
+        target = trial_dir / replaced.name.split(".")[1]
+        if not target.exists():
+            replaced.rename(target)
     for path in sorted(_all(trial_dir), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
             return read(path)
@@ -130,7 +139,7 @@ def prune(trial_dir: Path, keep: set[Path]) -> None:
         shutil.rmtree(leftover)
     for path in _all(trial_dir):
         if path.resolve() not in kept:
-            hidden = _hidden(path, "old")
+            hidden = _hidden(path, "gone")
             path.rename(hidden)  # first, so that a half-deleted directory is not taken for a checkpoint
             shutil.rmtree(hidden)
 

@@ -60,6 +60,10 @@ class QLoRAConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seeds adapter initialisation, order of the data and dropout."""
 
+    def micro_batch(self, halvings: int = 0) -> int:
+        """Rows that go through the model at once; it is halved where memory ran out, which leaves `batch_size`."""
+        return max(1, self.batch_size // self.accumulation >> halvings)
+
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> Self:
         if self.batch_size % self.accumulation:

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ TOKENIZER = "tokenizer"
 """Directory beside the arrays with the model's tokenizer as `save_pretrained` writes it."""
 LAYOUT = 1
 """Part of the content hash: raise it when the files that `prepare` writes change."""
+VERSIONS = ("trl", "transformers", "tokenizers")
+"""Packages that decide which tokens a row becomes."""
 FIELDS = {"prompt/completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 ALLOWED = "a row has prompt and completion, or messages, or text"
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -110,8 +113,7 @@ class Prepared:
     """What `prepare` made. The dictionaries go by split: train, validation and, where there is one, test."""
 
     path: Path
-    """Directory for `load`; its name is the content hash."""
-    content_hash: str
+    """Directory for `load`; its name is the hash of all that decides the arrays."""
     rows: dict[str, int]
     tokens: dict[str, int]
     cut_off: dict[str, int]
@@ -133,7 +135,7 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     """
     tokenizer = check_model(model)
     splits = _read_splits(data)
-    target = directory / _hash(splits, tokenizer, data.max_length)
+    target = directory / _hash(splits, tokenizer, data.max_length, VERSIONS)
     if not target.is_dir():
         temporary = directory / f".{target.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -146,13 +148,35 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     summary = json.loads((target / SUMMARY).read_text(encoding="utf-8"))
     del summary["pad_token_id"]
     summary |= {"first_duplicates": tuple(summary["first_duplicates"]), "notes": tuple(summary["notes"])}
-    return Prepared(path=target, content_hash=target.name, **summary)
+    return Prepared(path=target, **summary)
 
 
 def content_hash(data: DataConfig, model: str) -> str:
-    """The hash that `prepare` files the same content under, in the time of reading it; raises what `prepare` does."""
+    """Hash of the rows, how they are split, and the tokenizer of `model`; raises what `prepare` does."""
     tokenizer = check_model(model)
-    return _hash(_read_splits(data), tokenizer, data.max_length)
+    return _hash(_read_splits(data), tokenizer, data.max_length, ())
+
+
+def model_hash(model: str) -> str:
+    """Hash of a base model's config and weights; for a model on the Hub, that of its commit.
+
+    Of each weights file the size and 64 blocks of 64 KiB, evenly spread, are hashed: files of many gigabytes would
+    take minutes, and weights that were trained on differ everywhere.
+    """
+    directory = check_model(model)
+    digest = hashlib.sha256()
+    if is_hub_id(model):
+        digest.update(directory.name.encode())  # snapshots/COMMIT
+        return digest.hexdigest()
+    digest.update((directory / "config.json").read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"\n{file.name}: {size} bytes\n".encode())
+        with file.open("rb") as stream:
+            for start in sorted({size * block // 64 for block in range(64)}):
+                stream.seek(start)
+                digest.update(stream.read(2**16))
+    return digest.hexdigest()
 
 
 def is_hub_id(name: str) -> bool:
@@ -161,7 +185,6 @@ def is_hub_id(name: str) -> bool:
         re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
         and not name.endswith((*SUFFIXES, ".json", ".txt", ".gguf"))
         and not Path(name).exists()
-        and not ("/" in name and Path(name).parent.is_dir())
     )
 
 
@@ -191,7 +214,12 @@ def _missing_files(directory: Path, weights: bool) -> Iterator[str]:
         except ValueError as error:
             yield f"{file.name} is not JSON ({error})"
     if weights and index.is_file():
-        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        named = json.loads(index.read_text(encoding="utf-8"))
+        shards = named.get("weight_map") if isinstance(named, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            yield f"{index.name} has no weight_map of weights to files"
+            return
+        for shard in sorted(set(shards.values())):
             if not (directory / shard).is_file():
                 yield f"{shard}, which {index.name} names, is missing"
     elif weights and not any(directory.glob("*.safetensors")):
@@ -304,7 +332,11 @@ def _records(source: str, split: str) -> Iterator[tuple[int, Any]]:
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
     start = 0
-    with path.open("rb") as stream:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    with stream:
         for number, line in enumerate(stream, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -331,9 +363,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); a line is one JSON object"
             ) from error
+        except (RecursionError, ValueError) as error:  # nested without end, or a number of thousands of digits
+            raise DataError(f"{path}, line {number}: cannot be read ({_one_line(error)}); remove the line") from error
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # characters; the 131,072 of the module are too few for a document
     reader = csv.DictReader((line for _, line in _text_lines(path)), restkey="", strict=True)
     try:
         for row in reader:
@@ -469,9 +504,9 @@ def _canonical(row: Row) -> str:
     return json.dumps(row, sort_keys=True)
 
 
-def _hash(splits: dict[str, _Split], tokenizer: Path, max_length: int) -> str:
-    """sha256 over all that decides the arrays: rows, how they are split, tokenizer, length and library versions."""
-    versions = {package: version(package) for package in ("trl", "transformers", "tokenizers")}
+def _hash(splits: dict[str, _Split], tokenizer: Path, max_length: int, packages: Iterable[str]) -> str:
+    """sha256 over rows, how they are split, tokenizer, length, and the versions of `packages`."""
+    versions = {package: version(package) for package in packages}
     digest = hashlib.sha256(json.dumps([LAYOUT, max_length, versions]).encode())
     for name, split in splits.items():
         digest.update(f"\n{name}: {len(split.rows)} rows\n".encode())
@@ -486,7 +521,7 @@ def _hash(splits: dict[str, _Split], tokenizer: Path, max_length: int) -> str:
 
 def _write(splits: dict[str, _Split], tokenizer: Path, max_length: int, directory: Path) -> None:
     # In a process of its own: TRL brings torch, threads and settings of the whole process that a driver must not have.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_leave_signals_to_the_parent) as pool:
         tokenised = pool.submit(_tokenise, splits, tokenizer, directory / TOKENIZER).result()
     summary: dict[str, Any] = {"pad_token_id": tokenised.pad_token_id}
     summary |= {key: {} for key in ("rows", "tokens", "cut_off", "dropped")}
@@ -576,6 +611,12 @@ def _publish(temporary: Path, target: Path) -> None:
 # Tokenising, in a process of its own
 
 
+def _leave_signals_to_the_parent() -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a job."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class _Tokenised:
     rows: dict[str, Rows]
@@ -595,7 +636,13 @@ def _tokenise(splits: dict[str, _Split], tokenizer_files: Path, save_to: Path) -
     from trl.trainer.sft_trainer import SFTTrainer
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_files)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_files)
+    except Exception as error:  # whatever the readers of damaged files raise
+        raise DataError(
+            f"tokenizer {tokenizer_files}: cannot be loaded ({type(error).__name__}: {_one_line(error)});"
+            " copy the model's files again"
+        ) from error
     tokenizer.save_pretrained(save_to)
     kind = splits["train"].kind
     _check_tokenizer(tokenizer, kind, tokenizer_files)

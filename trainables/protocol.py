@@ -49,6 +49,12 @@ class Job:
     budget: Budget
     score_base: bool = False
     """Also report evaluation 0: the validation loss before the first step, which is the quantised base's own."""
+    halvings: int = 0
+    """How often the micro-batch was halved because memory ran out; what a step learns from stays the same."""
+
+
+class OutOfMemory(RuntimeError):
+    """The device has no room for a micro-batch. The trial stands where it stood before and can be saved."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ class Trial(Protocol):
     def advance(self, seconds: float) -> Slice:
         """Train whole optimiser steps for about `seconds`, at least one, or to the end of the next evaluation.
 
-        A long evaluation spans several slices; those carry no steps and no evaluation.
+        A long evaluation spans several slices; those carry no steps and no evaluation. Raises `OutOfMemory` when not
+        even one step, or part of an evaluation, fits into memory.
         """
 
     def save(self, directory: Path) -> None:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, get_scheduler
 from trainables import data, model
 from trainables.checkpoint import Checkpoint
 from trainables.config import ComputeDtype, QLoRAConfig
-from trainables.protocol import Evaluation, Job, Slice, Step, Trial
+from trainables.protocol import Evaluation, Job, OutOfMemory, Slice, Step, Trial
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
@@ -67,6 +67,8 @@ class QLoRATrial:
         self.due = dict(enumerate(job.budget.evaluation_steps(self.total_steps), start=1))
         if job.score_base:
             self.due[0] = 0
+        self.micro_batch = config.micro_batch(job.halvings)
+        self.evaluation_tokens = EVALUATION_TOKENS[self.device.type] >> job.halvings
         self.step = 0
         self.evaluations: tuple[Evaluation, ...] = ()
         self.failure: str | None = None
@@ -111,10 +113,19 @@ class QLoRATrial:
             while self.failure is None and not self.done:
                 if steps and time.monotonic() >= deadline:
                     break
-                number = self._evaluation_due()
-                if number is not None:
-                    return self._slice(steps, self._evaluate(number, deadline))
-                step = self._train_step()
+                random_state = self._random_state()
+                try:
+                    number = self._evaluation_due()
+                    if number is not None:
+                        return self._slice(steps, self._evaluate(number, deadline))
+                    step = self._train_step()
+                except torch.OutOfMemoryError as error:
+                    self.optimizer.zero_grad()
+                    self.evaluation_pass = None
+                    self._set_random_state(random_state)
+                    if steps:  # told first; the next call comes here again
+                        break
+                    raise OutOfMemory(str(error)) from error
                 if step is not None:
                     steps.append(step)
         return self._slice(steps, None)
@@ -134,8 +145,8 @@ class QLoRATrial:
         """Do the next optimiser step; None, with `failure` set and the weights untouched, when it is not finite."""
         began = time.perf_counter()
         rows = rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
-        size = self.config.batch_size // self.config.accumulation
-        batches = [self._batch(self.train, rows[i : i + size]) for i in range(0, len(rows), size)]
+        starts = range(0, len(rows), self.micro_batch)
+        batches = [self._batch(self.train, rows[i : i + self.micro_batch]) for i in starts]
         labels = sum(len(batch.labels) for batch in batches)
         self._set_mode(training=True)
         loss = torch.zeros((), device=self.device)
@@ -184,7 +195,7 @@ class QLoRATrial:
         seconds = loss = 0.0
         labels = tokens = 0
         lengths = np.diff(self.validation.offsets)
-        for i, rows in enumerate(rows_of_evaluation(lengths, EVALUATION_TOKENS[self.device.type])):
+        for i, rows in enumerate(rows_of_evaluation(lengths, self.evaluation_tokens)):
             if i:
                 yield None
             began = time.perf_counter()
@@ -239,20 +250,32 @@ class QLoRATrial:
             self.evaluation_pass = None
             model.detach(self.adapted)
             self.base.activation_checkpointing_disable()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # another process may share the GPU
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
         """Draw from this trial's random state and leave that of the process as it was."""
-        gpus = [self.device.index] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(self._gpus):
             if self.random_state:
-                torch.set_rng_state(self.random_state[0])
-                for gpu, state in zip(gpus, self.random_state[1:], strict=True):
-                    torch.cuda.set_rng_state(state, gpu)
+                self._set_random_state(self.random_state)
             try:
                 yield
             finally:
-                self.random_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
+                self.random_state = self._random_state()
+
+    @property
+    def _gpus(self) -> list[int]:
+        return [self.device.index] if self.device.type == "cuda" else []
+
+    def _random_state(self) -> list[Tensor]:
+        """That of the process: of the CPU and, on a GPU, of that one."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus)]
+
+    def _set_random_state(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        for gpu, of_gpu in zip(self._gpus, state[1:], strict=True):
+            torch.cuda.set_rng_state(of_gpu, gpu)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Evaluation, Job, Slice, Step
+from trainables.protocol import Evaluation, Job, OutOfMemory, Slice, Step
 
 ROWS = 480
 """Training rows that an epoch is taken to have."""
@@ -24,7 +24,8 @@ def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> "Toy"
     """A toy trial, fresh or from where `checkpoint` left it.
 
     For tests that disturb trials, in the environment: TOY_STEP_SECONDS makes every step take that long. TOY_FAULT
-    `exit:10` ends the process at step 10 of a trial that was not started from a checkpoint, `raise:10` raises there.
+    `exit:10` ends the process at step 10 of a trial that was not started from a checkpoint, `raise:10` raises there,
+    `hang:10` stays there. TOY_ROWS is the largest micro-batch that fits into memory.
     """
     return Toy(config, job, checkpoint)
 
@@ -53,6 +54,7 @@ class Toy:
         self.seconds_per_step = float(os.environ.get("TOY_STEP_SECONDS", "0"))
         self.fault, _, at = os.environ.get("TOY_FAULT", ":-1").partition(":")
         self.fault_step = int(at) if checkpoint is None else -1
+        self.fits = config.micro_batch(job.halvings) <= int(os.environ.get("TOY_ROWS", config.batch_size))
         self.noise = random.Random(config.seed)
         self.momentum = 0.0
         self.step = 0
@@ -74,6 +76,8 @@ class Toy:
                 return self._evaluate(done + 1, tuple(steps))
             if steps and time.monotonic() - began >= seconds:
                 return Slice(tuple(steps), None, None, False, 0)
+            if not self.fits:
+                raise OutOfMemory("TOY_ROWS do not fit")
             steps.append(self._train())
             if not math.isfinite(steps[-1].loss):
                 return Slice(tuple(steps), None, f"training loss is {steps[-1].loss} at step {self.step}", True, 0)
@@ -84,6 +88,8 @@ class Toy:
         if self.step == self.fault_step:
             if self.fault == "exit":
                 os._exit(1)
+            if self.fault == "hang":
+                time.sleep(3600)
             raise ValueError(f"TOY_FAULT at step {self.step}, [in brackets]")
         self.momentum = 0.9 * self.momentum + 0.1 * self.noise.gauss(0.0, 0.05)
         loss = math.nan if self.config.learning_rate > 0.05 else self._loss() + self.momentum

@@ -1,0 +1,287 @@
+"""The Ray scheduler of a sweep: takes every result and every loss of a process, and has the ledger know it first.
+
+On each validation loss the order is: report to the ledger, decide, act. A kill between any two of them leaves the
+ledger true: what was reported but not decided is decided when the trial is adopted again.
+"""
+
+import errno
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from sweep.preemption import Drain
+from sweep.repair import may_halve
+from sweep.study import ENDED_AS, Entry, Ledger
+from sweep.trainable import Failure
+from trainables.protocol import Slice
+
+BREAKDOWNS = 5
+"""So many errors and lost processes without progress between them end the sweep: the machine needs help."""
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+class Listener(Protocol):
+    """Who is told what happens (the terminal)."""
+
+    def note(self, line: str) -> None:
+        """Something that the user must know."""
+
+    def resumed(self, entries: Sequence[Entry]) -> None:
+        """The trials that the ledger has from earlier runs."""
+
+    def started(self, entry: Entry) -> None:
+        """The trial has been given to a process."""
+
+    def advanced(self, entry: Entry, slice_: Slice) -> None:
+        """A slice came in; `entry` has its evaluation already."""
+
+    def ended(self, entry: Entry) -> None:
+        """The ledger has the trial's end."""
+
+
+class Watch(tune.Callback, tune.Stopper):
+    """Kills processes that give no sign of life, and ends Tune's loop when the sweep has drained."""
+
+    def __init__(self, drain: Drain, trial_timeout: float) -> None:
+        self._drain = drain
+        self._heard: dict[str, float] = {}  # Ray's trial id -> time.monotonic() of its newest sign of life
+        self._told: set[str] = set()  # of which a result has come
+        self._unsaved = 0
+        self.trial_timeout = trial_timeout
+        self.silenced: set[int] = set()
+        """Trials whose process was killed."""
+        self.saving: list[ray.ObjectRef[None]] = []
+        """Last checkpoints that are being written."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Ray writes its pieces to disk for a restore that is never used."""
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        self._heard[trial.trial_id] = time.monotonic()
+        self._told.add(trial.trial_id)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        now = time.monotonic()
+        running = [trial for trial in trials if trial.status == "RUNNING"]
+        for trial in running:
+            number = trial.config["assignment"].number
+            silent_for = now - self._heard.setdefault(trial.trial_id, now)
+            actor = trial.temporary_state.ray_actor
+            if silent_for > self.trial_timeout and number not in self.silenced and actor is not None:
+                self.silenced.add(number)
+                ray.kill(actor)
+        # A trial that has told nothing yet loads its model still: there is nothing to wait for.
+        self._unsaved = sum(trial.trial_id in self._told for trial in running)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether Tune's loop may end; it would give the processes 10 seconds and then kill them."""
+        if not self._drain() or self._unsaved:
+            return False
+        return not self.saving or not ray.wait(self.saving, num_returns=len(self.saving), timeout=0)[1]
+
+
+class LedgerScheduler(FIFOScheduler):
+    """Takes every result of every trial: report, decide, act. What must outlive it is in the ledger."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        settle: Callable[[int], bool],
+        put_back: Callable[[int], None],
+        drain: Drain,
+        listener: Listener,
+        directory: Path,
+        watch: Watch,
+    ) -> None:
+        """`settle` decides on the newest report of a trial and says whether it is over.
+
+        `directory` is that of the sweep, named when its disk is full.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ledger = ledger
+        self._settle = settle
+        self._put_back = put_back
+        self._drain = drain
+        self._listener = listener
+        self._directory = directory
+        self._watch = watch
+        self._breakdowns = 0  # since a trial last got on
+        self._nodes: dict[int, str] = {}  # where a trial was last heard of
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        number: int = trial.config["assignment"].number
+        self._nodes[number] = result["node"]
+        try:
+            decision = self._take(number, result)
+            entry = self._ledger.entry(number)
+        except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
+            self._ledger_failed(error)
+            return self._save(trial)
+        for line in filter(None, (result["banner"], *result["notes"])):
+            self._tell(self._listener.note, line)
+        self._tell(self._listener.advanced, entry, result["slice"])
+        if entry.state.is_finished():
+            self._conclude(entry, trial)
+        return self._save(trial) if self._drain() and decision == TrialScheduler.CONTINUE else decision
+
+    def _take(self, number: int, result: dict[str, Any]) -> str:
+        """Write a result to the ledger and decide."""
+        slice_: Slice = result["slice"]
+        if result["failure"] is not None:
+            self._failed(number, result["failure"])
+            return TrialScheduler.STOP
+        if result["halvings"] > self._ledger.entry(number).halvings:
+            self._halve(number, result["halvings"], "ran out of memory")
+        if slice_.evaluation is not None and slice_.failure is None:
+            self._ledger.report(number, slice_.evaluation.evaluation, slice_.evaluation.loss)
+        if slice_.steps or slice_.evaluation is not None:
+            self._breakdowns = 0
+        if slice_.evaluation is not None or slice_.done or self._drain():
+            self._ledger.spend(number, result["cost"])
+        if slice_.failure is not None:
+            self._ledger.fail(number, slice_.failure)
+            return TrialScheduler.STOP
+        over = slice_.evaluation is not None and self._settle(number)
+        return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
+
+    def _save(self, trial: Any) -> str:
+        """Have the process write a last checkpoint, for which `Watch` waits, and let go of it."""
+        self._watch.saving.append(trial.temporary_state.ray_actor.save_and_leave.remote())
+        return TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The process of a trial is lost: no fault of the configuration, it is handed out again."""
+        number: int = trial.config["assignment"].number
+        try:
+            cause = _cause(trial)
+            if number in self._watch.silenced:
+                self._watch.silenced.discard(number)
+                self._fell_silent(number)
+            elif isinstance(cause, RayActorError):
+                self._lost(number, cause)
+            else:
+                self._failed(number, Failure.of(cause))
+            entry = self._ledger.entry(number)
+        except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
+            self._ledger_failed(error)
+            return
+        if entry.state.is_finished():
+            self._conclude(entry, trial)
+
+    def _ledger_failed(self, error: Exception) -> None:
+        self._drain.request("breakdown", f"The ledger cannot be written ({type(error).__name__}: {error})")
+
+    def _conclude(self, entry: Entry, trial: Any) -> None:
+        """Tell the process, if it lives, and the user how a trial ended.
+
+        A call to the process rather than the end of the run there: the process serves the next trial, and only the
+        driver knows why this one ended.
+        """
+        if trial.temporary_state.ray_actor is not None:
+            trial.temporary_state.ray_actor.conclude.remote(ENDED_AS[entry.state], entry.reason)
+        self._tell(self._listener.ended, entry)
+
+    def _lost(self, number: int, cause: RayActorError) -> None:
+        """A process died. Twice at the same place, for no reason that is known, is taken for the machine's memory."""
+        reason = f"{type(cause).__name__}: {cause}".strip()
+        if cause.preempted or self._nodes.get(number) in _dead_nodes():
+            self._hand_out_again(number, f"lost its machine ({reason})")
+        else:
+            entry = self._ledger.died(number)
+            here = entry.deaths.count(entry.reported)
+            if here % 2:
+                self._hand_out_again(number, f"lost its process ({reason})")
+            elif may_halve(entry.config, entry.halvings):
+                self._halve(number, entry.halvings + 1, f"lost its process {here} times at the same place")
+                self._hand_out_again(number, f"lost its process ({reason})")
+            else:
+                rows = entry.config.micro_batch(entry.halvings)
+                self._ledger.fail(number, f"its process died {here} times, the last time with a micro-batch of {rows}")
+        self._broke_down(reason)
+
+    def _fell_silent(self, number: int) -> None:
+        reason = f"nothing was heard of it for {self._watch.trial_timeout:g} s"
+        if self._ledger.silent(number).silences > 1:
+            self._ledger.fail(number, f"{reason}, twice")
+        else:
+            self._hand_out_again(number, f"was killed: {reason}")
+        self._broke_down(reason)
+
+    def _failed(self, number: int, failure: Failure) -> None:
+        """An exception. A full disk ends the sweep, what else the machine is to blame for is tried again."""
+        if failure.errno in DISK_FULL:
+            why = f"{os.strerror(failure.errno)}: {_where_space_went(self._directory)}"
+            self._drain.request("breakdown", why)
+        elif failure.environment:
+            self._hand_out_again(number, f"broke down ({failure.reason})")
+            self._broke_down(failure.reason)
+        else:
+            self._ledger.fail(number, failure.reason, failure.traceback)
+            self._broke_down(failure.reason)
+
+    def _halve(self, number: int, halvings: int, why: str) -> None:
+        self._ledger.halve(number, halvings)
+        rows = self._ledger.entry(number).config.micro_batch(halvings)
+        self._tell(self._listener.note, f"trial {number:3d} {why}: it goes on with a micro-batch of {rows}")
+
+    def _hand_out_again(self, number: int, why: str) -> None:
+        self._tell(self._listener.note, f"trial {number:3d} {why}; it goes on from its last checkpoint")
+        self._put_back(number)
+
+    def _broke_down(self, reason: str) -> None:
+        self._breakdowns += 1
+        if self._breakdowns >= BREAKDOWNS:
+            self._drain.request("breakdown", f"{BREAKDOWNS} trials in a row broke down, the last with {reason}")
+
+    def _tell(self, listen: Callable[..., None], *what: Any) -> None:
+        """Call the listener. What goes wrong there is said, and ends nothing."""
+        try:
+            listen(*what)
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(f"the progress display failed: {type(error).__name__}: {error}", stacklevel=2)
+
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> Any:
+        return None if self._drain() else super().choose_trial_to_run(tune_controller, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Ray writes its pieces to disk for a restore that is never used."""
+        return {}
+
+
+def _dead_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+def _where_space_went(directory: Path) -> str:
+    """What to free, when the disk of a sweep is full. What is there is intact, and the ledger is true."""
+    sizes = {
+        path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+        for path in directory.iterdir()
+        if path.is_dir()
+    }
+    used = ", ".join(f"{name} {size:,.1f} MB" for name, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    return f"free space on the disk of {directory} (it holds {used}); what was written is intact"
+
+
+def _cause(trial: Any) -> Any:
+    """The exception that ended a Ray trial, from the file that Ray has just written on this machine.
+
+    Ray's own `get_pickled_error` looks in the storage, where the file arrives later.
+    """
+    if trial.pickled_error_file is None:
+        return RuntimeError(f"no exception was recorded; Ray's files are in {trial.local_path}")
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return getattr(error, "cause", None) or error

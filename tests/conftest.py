@@ -1,0 +1,23 @@
+"""The toy sweep that most tests of the framework run, disturb, and compare with."""
+
+import pytest
+
+from tests import sweeps
+
+
+@pytest.fixture
+def space(tmp_path):
+    """The YAML file of a toy sweep, in a directory of its own."""
+    file = tmp_path / "toy.yaml"
+    file.write_text(sweeps.TOY)
+    return file
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The toy sweep, run once from beginning to end: its YAML file, the finished process, the ledger's entries."""
+    file = tmp_path_factory.mktemp("undisturbed") / "toy.yaml"
+    file.write_text(sweeps.TOY)
+    done = sweeps.run(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return file, done, sweeps.entries(file)

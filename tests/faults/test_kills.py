@@ -1,0 +1,170 @@
+"""Killed, silent, out of memory, refused by the disk: nothing is lost, and nothing is blamed on a configuration."""
+
+import subprocess
+
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from tests import sweeps
+
+
+def test_killed_and_run_again(undisturbed, space):
+    """SIGKILL in the middle: the same command ends where an undisturbed sweep does, to the last bit."""
+    _, _, expected = undisturbed
+    kills = 0
+    for progress in (2, 11):  # evaluations in the ledger at the moment of the kill
+        process = sweeps.start(space, TOY_STEP_SECONDS="0.02")
+        sweeps.wait_until(lambda seen=progress: sweeps.reported(space) >= seen, process)
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills == 2
+    assert any(entry.state is TrialState.RUNNING for entry in sweeps.entries(space))
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_a_lost_process_is_no_fault_of_the_configuration(undisturbed, space):
+    """Every process dies once in the middle of its first trial: the trials go on from their checkpoints."""
+    _, _, expected = undisturbed
+    done = sweeps.run(space, TOY_FAULT="exit:10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost its process" in done.stdout
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_processes_that_die_in_a_row_end_the_sweep_in_a_resumable_state(undisturbed, space):
+    _, _, expected = undisturbed
+    broken = sweeps.run(space, TOY_FAULT="exit:1")
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "5 trials in a row broke down" in broken.stdout
+    assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def processes(process):
+    """All that a running sweep has started."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def trial_processes(process):
+    return [child for child in processes(process) if "Trainable" in " ".join(child.cmdline())]
+
+
+def test_orphans_end_by_themselves_and_write_nothing(space):
+    """SIGKILL to the driver alone: what it had started is gone within seconds.
+
+    But for two agents of Ray's, which know nothing of the sweep and look for their dead server for a minute.
+    """
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
+    assert trial_processes(process)
+    orphans = [child for child in processes(process) if not child.name().endswith("Agent")]
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not alive, [orphan.cmdline() for orphan in alive]
+
+
+def test_a_killed_trial_goes_on(undisturbed, space):
+    """SIGKILL to the process of a trial, in the middle of it."""
+    _, _, expected = undisturbed
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
+    (victim,) = trial_processes(process)
+    victim.kill()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "lost its process" in output
+    entries = sweeps.entries(space)
+    assert sweeps.history(entries) == sweeps.history(expected)
+    assert sum(len(entry.deaths) for entry in entries) == 1
+    repeated = sum(entry.cost.steps for entry in entries) - sum(entry.cost.steps for entry in expected)
+    assert 0 <= repeated <= 7  # steps between two evaluations
+
+
+def test_a_silent_trial_is_killed_and_put_back_once(undisturbed, space):
+    _, _, expected = undisturbed
+    done = sweeps.run(space, "--set", "trial_timeout=4", "--set", "search.trials=1", TOY_FAULT="hang:10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was killed: nothing was heard of it for 4 s" in done.stdout
+    entries = sweeps.entries(space)
+    assert [entry.silences for entry in entries] == [1]
+    assert sweeps.history(entries) == sweeps.history(expected[:1])
+
+
+def test_a_trial_that_falls_silent_again_has_failed(space):
+    done = sweeps.run(space, "--set", "trial_timeout=3", "--set", "search.trials=1", TOY_FAULT="hang:1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (entry,) = sweeps.entries(space)
+    assert (entry.state, entry.reason) == (TrialState.FAIL, "nothing was heard of it for 3 s, twice")
+
+
+def test_out_of_memory_halves_the_micro_batch(undisturbed, space):
+    """Trials of eight rows on a device with room for two: the first finds out, the others begin with what fits."""
+    _, _, expected = undisturbed
+    done = sweeps.run(space, TOY_ROWS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = sweeps.entries(space)
+    assert sweeps.history(entries) == sweeps.history(expected)
+    assert {entry.halvings for entry in entries} == {2}
+    told = [line.split()[1] for line in done.stdout.splitlines() if "ran out of memory" in line]
+    assert told[:2] == ["0", "0"]
+    assert "trial   0 ran out of memory: it goes on with a micro-batch of 2" in done.stdout
+    assert not {entry.number for entry in entries[1:] if entry.config.r >= 16} & set(map(int, told))
+
+
+def test_a_configuration_that_never_fits_has_failed(space):
+    done = sweeps.run(space, "--set", "search.trials=2", TOY_ROWS="0")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for entry in sweeps.entries(space):
+        assert entry.state is TrialState.FAIL
+        assert entry.reason.startswith("out of memory with a micro-batch of 1")
+
+
+def test_a_process_that_dies_twice_gets_a_smaller_micro_batch(space):
+    broken = sweeps.run(space, TOY_FAULT="exit:1")
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    (entry,) = sweeps.entries(space)
+    assert (entry.deaths, entry.halvings) == ((0,) * 5, 2)
+    assert "trial   0 lost its process 2 times at the same place: it goes on with a micro-batch of 4" in broken.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_sweep_and_says_what_to_free(undisturbed, small_disk):
+    _, _, expected = undisturbed
+    space = small_disk / "toy.yaml"
+    space.write_text(sweeps.TOY)
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(512))
+        except OSError:
+            pass
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "No space left on device" in output
+    assert f"free space on the disk of {small_disk}/sweeps/toy (it holds trials" in output
+    assert "Traceback" not in output
+    filler.unlink()
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)

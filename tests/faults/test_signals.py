@@ -1,0 +1,94 @@
+"""Told to end: trials write checkpoints, the exit code is 75, and the same command goes on."""
+
+import os
+import signal
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from tests import sweeps
+from trainables import checkpoint
+
+
+def first_trial(space):
+    return space.parent / "sweeps/toy/trials/000"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("whole_group", [False, True], ids=["driver", "group"])
+def test_preempted_and_run_again(undisturbed, space, number, whole_group):
+    """A signal to the driver, or to all its processes: each running trial writes a checkpoint at its next step."""
+    _, _, expected = undisturbed
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.6")  # several slices to an evaluation
+    sweeps.wait_until(lambda: sweeps.reported(space) == 2, process)  # the base's, and the first
+    began = time.monotonic()
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert time.monotonic() - began < 30
+    assert "The same command goes on: python -m sweep run" in output
+    found = checkpoint.newest(first_trial(space))
+    assert found.step not in (0, *(round(60 * k / 9) for k in range(1, 10)))  # between evaluations
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = sweeps.entries(space)
+    assert sweeps.history(after) == sweeps.history(expected)
+    assert after[0].cost.steps == expected[0].cost.steps  # nothing was trained twice
+
+
+def test_a_second_signal_ends_at_once(undisturbed, space):
+    _, _, expected = undisturbed
+    process = sweeps.start(space, TOY_STEP_SECONDS="20")
+    sweeps.wait_until(lambda: sweeps.reported(space) == 1, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it waits for the step
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 3
+    assert process.returncode == 75, output
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_the_grace_period_ends_by_force(space):
+    process = sweeps.start(space, "--set", "preemption.grace=2", TOY_STEP_SECONDS="60")
+    sweeps.wait_until(lambda: sweeps.reported(space) == 1, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert 1.5 < time.monotonic() - began < 5
+    assert process.returncode == 75, output
+    assert "The same command goes on" in output
+    assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
+
+
+def test_several_trials_are_saved(space):
+    several = ("--set", "resources={cpus: 0.5, concurrency: 3}", "--set", "early_stopping=false")
+    process = sweeps.start(space, *several, TOY_STEP_SECONDS="0.6")
+    trials = space.parent / "sweeps/toy/trials"
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 4, process)  # the base's, and one of each
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    running = [entry for entry in sweeps.entries(space) if entry.state is TrialState.RUNNING]
+    assert len(running) == 3
+    for entry in running:
+        found = checkpoint.newest(trials / f"{entry.number:03d}")
+        assert found is not None
+        assert found.step >= entry.cost.steps > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_sweep_starts(space, number):
+    """Before the first trial there is nothing to save; the exit code says that the command is to be run again."""
+    process = sweeps.start(space)
+    sweeps.wait_until((space.parent / "sweeps/toy/driver.txt").exists, process)  # Ray is about to be started
+    time.sleep(0.5)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output

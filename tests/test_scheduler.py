@@ -1,0 +1,107 @@
+"""What the scheduler does when what it calls fails, which no real sweep can be made to do."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.tune.schedulers import TrialScheduler
+
+from sweep.preemption import Drain
+from sweep.scheduler import LedgerScheduler, Watch
+from sweep.trainable import Failure
+from tests.ledgers import add_trial, memory_ledger
+from trainables.protocol import Cost, Evaluation, Slice
+
+
+class Broken:
+    """A display with a fault in every method."""
+
+    def __getattr__(self, name):
+        def fail(*what):
+            raise KeyError(name)
+
+        return fail
+
+
+def scheduler(ledger, drain, put_back=None):
+    return LedgerScheduler(
+        ledger,
+        settle=lambda number: False,
+        put_back=put_back or (lambda number: None),
+        drain=drain,
+        listener=Broken(),
+        directory=Path(),
+        watch=Watch(drain, 9.0),
+    )
+
+
+def result(**changes):
+    told = {
+        "slice": Slice((), Evaluation(1, 4, 2.0), None, False, 0),
+        "cost": Cost(),
+        "banner": "base",
+        "notes": [],
+        "halvings": 0,
+        "node": "n",
+        "failure": None,
+    }
+    return told | changes
+
+
+def ray_trial(number):
+    saved = SimpleNamespace(remote=lambda: "reference")
+    actor = SimpleNamespace(save_and_leave=saved)
+    return SimpleNamespace(
+        config={"assignment": SimpleNamespace(number=number)}, temporary_state=SimpleNamespace(ray_actor=actor)
+    )
+
+
+def test_a_fault_in_the_display_is_told_and_ends_nothing():
+    ledger, drain = memory_ledger(), Drain()
+    number = add_trial(ledger)
+    with pytest.warns(UserWarning, match="the progress display failed: KeyError"):
+        decision = scheduler(ledger, drain).on_trial_result(None, ray_trial(number), result())
+    assert decision == TrialScheduler.CONTINUE
+    assert not drain()
+    assert ledger.entry(number).losses == {1: 2.0}
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_the_trial_is_saved(monkeypatch):
+    ledger, drain = memory_ledger(), Drain()
+    number = add_trial(ledger)
+    monkeypatch.setattr(ledger, "report", lambda *what: (_ for _ in ()).throw(ConnectionError("database is gone")))
+    ours = scheduler(ledger, drain)
+    assert ours.on_trial_result(None, ray_trial(number), result()) == TrialScheduler.STOP
+    assert ours._watch.saving == ["reference"]
+    assert drain.cause == "breakdown"
+    assert drain.reason == "The ledger cannot be written (ConnectionError: database is gone)"
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_five_refusals_in_a_row_end_the_sweep_and_progress_counts_anew():
+    ledger, drain, back = memory_ledger(), Drain(), []
+    number = add_trial(ledger)
+    ours = scheduler(ledger, drain, back.append)
+    refusal = Failure.of(PermissionError(13, "Permission denied", "x"))
+    refused = result(slice=Slice((), None, None, False, 0), failure=refusal)
+    for round_ in (4, 5):
+        for _ in range(round_):
+            assert not drain()
+            assert ours.on_trial_result(None, ray_trial(number), refused) == TrialScheduler.STOP
+        if round_ == 4:
+            ours.on_trial_result(None, ray_trial(number), result())
+    assert back == [number] * 9
+    assert drain.reason.startswith("5 trials in a row broke down, the last with PermissionError")
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+@pytest.mark.parametrize(("preempted", "deaths"), [(True, ()), (False, (-1,))])
+def test_a_machine_that_is_taken_away_is_no_unexplained_death(monkeypatch, preempted, deaths):
+    monkeypatch.setattr("sweep.scheduler._dead_nodes", set)
+    monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError(preempted=preempted))
+    ledger, back = memory_ledger(), []
+    number = add_trial(ledger)
+    scheduler(ledger, Drain(), back.append).on_trial_error(None, ray_trial(number))
+    assert back == [number]
+    assert ledger.entry(number).deaths == deaths

@@ -88,7 +88,7 @@ def sync(
 ) -> None:
     """Send to W&B what it lacks of a sweep: offline runs, and online ones whose upload was cut off.
 
-    Example: python -m sweep sync sweeps/pricer
+    Example: qlora-sweep sync sweeps/pricer
 
     Every row is sent once, also when this is interrupted and repeated.
 

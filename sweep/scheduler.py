@@ -8,6 +8,7 @@ import errno
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from trainables.protocol import Slice
 
 BREAKDOWNS = 5
 """So many errors and lost processes without progress between them end the sweep: the machine needs help."""
+ACCIDENTS = 8
+"""So often a trial is handed out again in one run; two deaths for each of three halvings, and two more, are eight."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -119,6 +122,7 @@ class LedgerScheduler(FIFOScheduler):
         self._directory = directory
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
+        self._accidents: Counter[int] = Counter()  # of each trial, in this run
         self._nodes: dict[int, str] = {}  # where a trial was last heard of
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -240,6 +244,9 @@ class LedgerScheduler(FIFOScheduler):
     def _hand_out_again(self, number: int, why: str) -> None:
         self._tell(self._listener.note, f"trial {number:3d} {why}; it goes on from its last checkpoint")
         self._put_back(number)
+        self._accidents[number] += 1
+        if self._accidents[number] > ACCIDENTS:
+            self._drain.request("breakdown", f"trial {number} {why}: the {self._accidents[number]}th time")
 
     def _broke_down(self, reason: str) -> None:
         self._breakdowns += 1

@@ -88,6 +88,8 @@ class _Fragment:
     """As wandb opened it: project, run_id, display_name, config …"""
     rows: tuple[Row, ...]
     """Those that no earlier fragment of the run has."""
+    repeats: bool
+    """Whether it holds others, too."""
     end: End | None
     """None when the attempt was killed."""
 
@@ -114,8 +116,8 @@ class _Served:
 def upload(sweep: Path) -> Outcome:
     """Send to W&B what it lacks of the sweep in the directory `sweep`.
 
-    Raises `Refused` before anything is sent: no sweep there, its driver runs, no key that can be used. A server that
-    does not answer, or answers badly, ends in `Outcome.failed`, in bounded time; the next call goes on from there.
+    Raises `Refused` when there is no sweep, its driver runs, or there is no key that can be used. A server that does
+    not answer, or answers badly, ends in `Outcome.failed`, in bounded time; the next call goes on from there.
     """
     paths = SweepPaths(sweep.absolute())
     if not paths.spec.exists():
@@ -221,9 +223,10 @@ def _read(files: Sequence[Path]) -> list[_Fragment]:
         if not opened:
             _mark(file).touch()  # killed at once: it holds nothing
             continue
-        rows = {_place(row): row for row in tracking.rows_in(records) if _place(row) not in seen}
+        found = tracking.rows_in(records)
+        rows = {_place(row): row for row in found if _place(row) not in seen}
         seen |= rows.keys()
-        fragments.append(_Fragment(file, opened[0], tuple(rows.values()), _end(records)))
+        fragments.append(_Fragment(file, opened[0], tuple(rows.values()), len(rows) < len(found), _end(records)))
     return fragments
 
 
@@ -281,7 +284,8 @@ def _has_arrived(server: "_Server", fragments: Sequence[_Fragment], end: End | N
 def _complete_begun(server: "_Server", fragments: list[_Fragment]) -> tuple[bool, list[_Fragment]]:
     """Send what the server lacks of those fragments that it has begun to take.
 
-    Gives whether something was sent, and the newest fragments, of which the server has nothing.
+    Gives whether something was sent, and the newest fragments, which `wandb sync` can send: the server has nothing of
+    them. Online ones it renumbers.
     """
     served = server.ask(fragments[-1].run)
     rows = [row for fragment in fragments for row in fragment.rows]
@@ -289,7 +293,8 @@ def _complete_begun(server: "_Server", fragments: list[_Fragment]) -> tuple[bool
     begun, first = len(fragments), len(rows)  # first: the number of rows before those of fragments[begun]
     while begun:
         fragment = fragments[begun - 1]
-        if not fragment.is_offline or fragment.is_synced or first - len(fragment.rows) < count:
+        fit_for_wandb = fragment.is_offline and not fragment.repeats
+        if not fit_for_wandb or fragment.is_synced or first - len(fragment.rows) < count:
             break
         begun, first = begun - 1, first - len(fragment.rows)
     head, untouched = fragments[:begun], fragments[begun:]

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from optuna.trial import TrialState
 from ray.exceptions import RayActorError
 from ray.tune.schedulers import TrialScheduler
 
@@ -85,13 +86,13 @@ def test_five_refusals_in_a_row_end_the_sweep_and_progress_counts_anew():
     ours = scheduler(ledger, drain, back.append)
     refusal = Failure.of(PermissionError(13, "Permission denied", "x"))
     refused = result(slice=Slice((), None, None, False, 0), failure=refusal)
-    for round_ in (4, 5):
+    for round_ in (3, 5):
         for _ in range(round_):
             assert not drain()
             assert ours.on_trial_result(None, ray_trial(number), refused) == TrialScheduler.STOP
-        if round_ == 4:
+        if round_ == 3:
             ours.on_trial_result(None, ray_trial(number), result())
-    assert back == [number] * 9
+    assert back == [number] * 8
     assert drain.reason.startswith("5 trials in a row broke down, the last with PermissionError")
 
 
@@ -105,3 +106,18 @@ def test_a_machine_that_is_taken_away_is_no_unexplained_death(monkeypatch, preem
     scheduler(ledger, Drain(), back.append).on_trial_error(None, ray_trial(number))
     assert back == [number]
     assert ledger.entry(number).deaths == deaths
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_a_trial_is_not_handed_out_again_without_end():
+    """Others get on in between, so that its accidents are never five in a row."""
+    ledger, drain = memory_ledger(), Drain()
+    number, other = add_trial(ledger), add_trial(ledger)
+    ours = scheduler(ledger, drain)
+    refusal = Failure.of(ConnectionError("no route to host"))
+    for _ in range(9):
+        assert not drain()
+        ours.on_trial_result(None, ray_trial(number), result(slice=Slice((), None, None, False, 0), failure=refusal))
+        ours.on_trial_result(None, ray_trial(other), result())
+    assert drain.reason.endswith("the 9th time")
+    assert ledger.entry(number).state is TrialState.RUNNING

@@ -328,6 +328,16 @@ def test_an_offline_attempt_whose_rows_an_online_one_has_sent(sweep: Path, serve
     assert_complete(sweep, server)
 
 
+def test_a_fragment_that_repeats_rows_of_another(sweep: Path, server: WandbServer, tmp_path: Path) -> None:
+    attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
+    [first] = found(sweep)
+    shutil.move(first.parent, tmp_path / "elsewhere")  # as when the second attempt cannot see it yet
+    attempt(sweep, "id", *SECOND, best_step=150)
+    shutil.move(tmp_path / "elsewhere", first.parent)
+    assert run(sweep).exit_code == 0
+    assert_complete(sweep, server)
+
+
 def test_an_online_attempt_goes_on_after_half_an_upload(sweep: Path, server: WandbServer) -> None:
     attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
     server.dies = (40, 500)

@@ -78,7 +78,7 @@ class Progress:
         if slice_.steps:
             seconds = sum(step.seconds for step in slice_.steps)
             row.step = slice_.steps[-1].step
-            row.tokens_per_second = sum(step.tokens for step in slice_.steps) / max(seconds, 1e-9)
+            row.tokens_per_second = sum(step.tokens for step in slice_.steps) / seconds if seconds else 0.0
         if slice_.evaluation is not None:
             done = slice_.evaluation
             what = "base model" if done.evaluation == 0 else f"evaluation {done.evaluation}/{self.evaluations}"

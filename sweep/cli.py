@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -44,12 +44,19 @@ def run(
     Exit codes: 0 done, 1 no trial finished or five in a row broke down,
     2 wrong input and nothing was started, 75 preempted: run it again.
     """
+    code = _run(space, set_ or [], address)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # takes a local Ray cluster along, at once
+
+
+def _run(space: Path, overrides: list[str], address: str) -> int:
     from sweep.spec import SpecError, load
 
     try:
-        spec = load(space, set_ or [])
+        spec = load(space, overrides)
     except SpecError as error:
-        _refuse(str(error))
+        return _wrong_input(error)
 
     from rich.console import Console
 
@@ -65,21 +72,24 @@ def run(
         with Progress(console, spec.space.searched, spec.search.trials, spec.budget.evaluations) as progress:
             outcome = runner.run(spec, address=address, listener=progress, again=again)
     except (runner.Refused, DataError) as error:
-        _refuse(str(error))
+        return _wrong_input(error)
     if outcome.cause == "signal":
-        console.print(f"Preempted by {outcome.reason}. The same command goes on: {again}", highlight=False)
-        raise typer.Exit(EXIT_PREEMPTED)
+        console.print(
+            f"Preempted by {outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True
+        )
+        return EXIT_PREEMPTED
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
     if outcome.winner is not None:
         console.print(f"The best adapter is in {outcome.paths.best}", highlight=False)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
     if outcome.cause:
-        console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False)
+        console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True)
     if outcome.cause == "breakdown" or (outcome.cause is None and not report.any_finished(outcome.ledger.entries())):
         if outcome.cause is None:
             console.print(f"No trial finished. The ledger is in {outcome.paths.root}", highlight=False)
-        raise typer.Exit(EXIT_FAILED)
+        return EXIT_FAILED
+    return 0
 
 
 @app.command()
@@ -100,7 +110,7 @@ def sync(
     try:
         outcome = upload(sweep)
     except Refused as error:
-        _refuse(str(error))
+        raise typer.Exit(_wrong_input(error)) from error
     for run, reason in outcome.failed.items():
         print(f"{run}: {reason}", file=sys.stderr)
     complete = outcome.runs - len(outcome.failed)
@@ -109,6 +119,6 @@ def sync(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _refuse(message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise typer.Exit(EXIT_WRONG_INPUT)
+def _wrong_input(error: Exception) -> int:
+    print(error, file=sys.stderr)
+    return EXIT_WRONG_INPUT

@@ -65,7 +65,7 @@ class Progress:
 
     def resumed(self, entries: Sequence[Entry]) -> None:
         self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        self.note(f"The sweep goes on: {self._ended_before} of {self.trials} trials are done.")
+        self.note(f"The sweep goes on: {self._ended_before} trials are done, {self.trials} are asked for.")
 
     def started(self, entry: Entry) -> None:
         again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""

@@ -54,7 +54,7 @@ def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: flo
     console.print(table)
     for entry in entries:
         if entry.state is TrialState.FAIL:
-            console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False)
+            console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
     for line in verdict(entries):
         console.print(line, highlight=False)
     console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)

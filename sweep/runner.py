@@ -241,7 +241,11 @@ def _locked(paths: SweepPaths) -> Iterator[Lease]:
 
 @contextmanager
 def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
-    """A Ray cluster for as long as the block lasts; gives the number of trials that fit side by side."""
+    """A Ray cluster for the block; gives the number of trials that fit side by side.
+
+    A cluster that was started here is left to end with this process, which the kernel sees to: the shutdown of Ray's
+    processes, which are shielded from signals, takes seconds.
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
     try:
@@ -262,7 +266,8 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
                 )
         yield int(min(has[kind] / amount + 1e-9 for kind, amount in wanted.items() if amount))  # 1 / 0.2 is 5
     finally:
-        ray.shutdown()
+        if address != "local":
+            ray.shutdown()
 
 
 def _check_bf16(gpus: float) -> None:

@@ -101,7 +101,7 @@ class Search(Section):
     """With the ledger it decides what is proposed."""
     first: tuple[dict[str, Any], ...] = ()
     """Configurations to try before the sampler is asked; what an entry does not name is as the space fixes it, else the
-    documented default."""
+    documented default. Unless given, the documented defaults where the space has them."""
 
 
 class EarlyStopping(Section):

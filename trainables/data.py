@@ -353,7 +353,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             if not line.endswith("\n"):
                 raise DataError(

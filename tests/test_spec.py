@@ -451,7 +451,8 @@ def test_rows_that_moved_are_no_change_but_another_source_is(tmp_path: Path) -> 
     assert here != there
     assert specs.changes(here, there) == []
     hub = load(written(tmp_path / "there", text), ("data.train=org/rows", "data.max_length=32"))
-    assert specs.changes(here, hub)[0].endswith('rows.jsonl", asked "org/rows"')
+    assert specs.changes(here, hub)[0].startswith('data.train: recorded "/')
+    assert specs.changes(here, hub)[0].endswith(', asked "org/rows"')
     assert specs.changes(here, hub)[1] == "data.max_length: recorded 64, asked 32"
 
 

@@ -35,9 +35,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setattr(tracking, "_offline_until", 0.0)
-        monkeypatch.setattr(sync, "ASK_SECONDS", 2.0)
-        monkeypatch.setattr(sync, "UPLOAD_SECONDS", 4.0)
-        monkeypatch.setattr(sync, "SETTLE_SECONDS", 1.0)
+        monkeypatch.setattr(sync, "ASK_SECONDS", 4.0)
+        monkeypatch.setattr(sync, "UPLOAD_SECONDS", 8.0)
+        monkeypatch.setattr(sync, "SETTLE_SECONDS", 2.0)
         yield server
         tracking.close()
         tracking.notes()
@@ -144,7 +144,7 @@ def test_interrupted_and_repeated(sweep: Path, server: WandbServer, rows: int, f
 
 def test_interrupted_again_and_again(sweep: Path, server: WandbServer) -> None:
     two_attempts(sweep)
-    for rows in (30, 60, 110):
+    for rows in (30, 110):
         server.dies = (rows, 500)
         assert run(sweep).exit_code == 1
         server.fault = None

@@ -96,7 +96,7 @@ class Search(Section):
     trials: Annotated[int, Field(ge=1)]
     """Trials in total, those of earlier runs of the sweep included."""
     sampler: Literal["tpe", "random", "grid", "gp"] = "tpe"
-    """How Optuna proposes; `grid` wants lists of values, `gp` early_stopping: false."""
+    """How Optuna proposes: `tpe`, `random`, `grid` (wants lists of values) or `gp` (wants early_stopping: false)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """With the ledger it decides what is proposed."""
     first: tuple[dict[str, Any], ...] = ()
@@ -121,7 +121,7 @@ class Tracking(Section):
     entity: Annotated[str, Field(min_length=1)] | None = None
     """W&B user or team; the key's own unless given."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is online with a key and offline without."""
+    """`online`, `offline`, `disabled`, or `auto`: online with a key and offline without."""
 
 
 class Resources(Section):

@@ -43,7 +43,7 @@ class QLoRAConfig(BaseModel):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Share of all optimiser steps over which the learning rate rises from 0; rounded up to whole steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up: falls to 0 by the last step, or stays."""
+    """Learning rate after the warm-up: `cosine` and `linear` fall to 0 by the last step, `constant` stays."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """`adamw` is torch's; `paged_adamw_8bit` is bitsandbytes' with 8-bit moments in paged memory, CUDA only."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -12,7 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Find the QLoRA configuration to train with. Begin with: qlora-sweep run space.yaml",
+    help="Find the QLoRA configuration to train with. Begin with: python -m sweep run space.yaml",
 )
 
 EXIT_FAILED = 1
@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Run a sweep, or go on with it where it stood.
 
-    Example: qlora-sweep run search_spaces/pricer.yaml --set search.trials=4
+    Example: python -m sweep run search_spaces/pricer.yaml --set search.trials=4
 
     Exit codes: 0 done, 1 no trial finished or five in a row broke down,
     2 wrong input and nothing was started, 75 preempted: run it again.
@@ -74,13 +74,21 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
     if outcome.cause == "signal":
-        console.print(
-            f"Preempted by {outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True
-        )
+        done = report.standing(outcome.ledger.entries(), spec.search.trials)
+        console.print(f"Preempted by {outcome.reason}: {done}.", highlight=False)
+        console.print(f"The same command goes on: {again}", highlight=False, soft_wrap=True)
         return EXIT_PREEMPTED
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
     if outcome.winner is not None:
-        console.print(f"The best adapter is in {outcome.paths.best}", highlight=False)
+        what = "configuration" if spec.trainable == "toy" else "adapter"
+        console.print(f"The best {what} is in {outcome.paths.best}", highlight=False, soft_wrap=True)
+    if outcome.kept_offline:
+        upload = shlex.join(["python", "-m", "sweep", "sync", os.path.relpath(outcome.paths.root)])
+        console.print(
+            f"{outcome.kept_offline} W&B runs are kept offline; upload them with: {upload}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
     if outcome.cause:
@@ -98,7 +106,7 @@ def sync(
 ) -> None:
     """Send to W&B what it lacks of a sweep: offline runs, and online ones whose upload was cut off.
 
-    Example: qlora-sweep sync sweeps/pricer
+    Example: python -m sweep sync sweeps/pricer
 
     Every row is sent once, also when this is interrupted and repeated.
 

@@ -65,7 +65,8 @@ class Progress:
 
     def resumed(self, entries: Sequence[Entry]) -> None:
         self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        self.note(f"The sweep goes on: {self._ended_before} trials are done, {self.trials} are asked for.")
+        goes_on = "The sweep goes on" if self._ended_before < self.trials else "Nothing is left to do"
+        self.note(f"{goes_on}: {self._ended_before} of {self.trials} trials are done.")
 
     def started(self, entry: Entry) -> None:
         again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""

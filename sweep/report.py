@@ -78,6 +78,17 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
+def standing(entries: Sequence[Entry], trials: int) -> str:
+    """How far a sweep of so many trials has come, in half a sentence."""
+    done = sum(entry.state is not TrialState.RUNNING for entry in entries)
+    ranked = ranking(entries)
+    best = ""
+    if ranked:
+        assert ranked[0].best is not None
+        best = f", the best loss so far is {ranked[0].best[1]:.4f} (trial {ranked[0].number:03d})"
+    return f"{done} of {trials} trials are done{best}"
+
+
 def any_finished(entries: Sequence[Entry]) -> bool:
     """Whether a trial trained to its end or until early stopping gave it up."""
     return any(entry.state in (TrialState.COMPLETE, TrialState.PRUNED) for entry in entries)
@@ -86,7 +97,8 @@ def any_finished(entries: Sequence[Entry]) -> bool:
 def export_best(ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None) -> Entry | None:
     """Make best/ from the checkpoint with the lowest validation loss of all that are there.
 
-    `tokenizer` is the directory of its files. Returns the winner, None when no trial has a checkpoint.
+    `tokenizer` is the directory of its files; without one, of a toy, only the configuration is written. Returns the
+    winner, None when no trial has a checkpoint.
     """
     kept = [(entry, checkpoint.best(paths.trial(entry.number))) for entry in ledger.entries()]
     scored = [(found.loss, entry.number, entry, found) for entry, found in kept if found and found.loss is not None]
@@ -107,15 +119,15 @@ def _export(
     unfinished = paths.best.with_name(".best")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    for file in found.path.glob("adapter_*"):
-        shutil.copy2(file, unfinished)
     if tokenizer is not None:
+        for file in found.path.glob("adapter_*"):
+            shutil.copy2(file, unfinished)
         shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
+        (unfinished / "README.md").write_text(str(model_card(ledger, winner, model, found.step)))
     numbers = {"trial": winner.number, "step": found.step, "validation_loss": found.loss}
     (unfinished / "sweep.json").write_text(
         json.dumps({"config": winner.config.model_dump(mode="json"), "model": model} | numbers, indent=2) + "\n"
     )
-    (unfinished / "README.md").write_text(str(model_card(ledger, winner, model, found.step)))
     shutil.rmtree(paths.best, ignore_errors=True)
     unfinished.rename(paths.best)
 
@@ -149,7 +161,7 @@ Load it on the base in the quantisation that it was trained on:
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 dtype = torch.{"bfloat16" if config.compute_dtype == "bf16" else "float32"}
 quantization = BitsAndBytesConfig(
@@ -159,7 +171,8 @@ quantization = BitsAndBytesConfig(
     bnb_4bit_use_double_quant={config.double_quant},
 )
 base = AutoModelForCausalLM.from_pretrained("{model}", quantization_config=quantization, dtype=dtype)
-model = PeftModel.from_pretrained(base, "best")  # the directory of this file
+model = PeftModel.from_pretrained(base, "best").eval()  # the directory of this file
+tokenizer = AutoTokenizer.from_pretrained("best")
 ```
 {autocast}
 | hyperparameter | value |

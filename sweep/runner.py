@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from sweep.trainable import Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
-PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
+PACKAGES = ("qlora-sweep", "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
 
 QUIET_RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -74,6 +74,8 @@ class Outcome:
     """Why fewer than `search.trials` were tried, if so."""
     winner: Entry | None
     """The trial whose best checkpoint is in best/; None when no trial has one, or after a signal or breakdown."""
+    kept_offline: int
+    """W&B runs that wait for `sync`."""
     seconds: float
     """Wall clock of this call."""
 
@@ -93,12 +95,15 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     farewell = f"Preempted. The same command goes on: {again}"
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(paths) as lease:
         _same_as_recorded(spec, paths)
+        listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {paths.root}, W&B {tracked.mode}")
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
             draining_after(drain, spec.budget.hours),
         ):
-            if spec.resources.gpus and spec.space.may_be("compute_dtype", "bf16"):
-                _check_bf16(spec.resources.gpus)
+            bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
+            layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
+            if spec.model is not None and (bf16 or layers):
+                _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
             ledger = _open(spec, paths, inputs)
             if len(ledger):
@@ -176,7 +181,16 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
             winner = report.export_best(ledger, paths, spec.model or spec.trainable, tokenizer)
     seconds = time.monotonic() - began
-    return Outcome(ledger, paths, drain.cause, drain.reason, searcher.exhausted, winner, seconds)
+    return Outcome(
+        ledger=ledger,
+        paths=paths,
+        cause=drain.cause,
+        reason=drain.reason,
+        exhausted=searcher.exhausted,
+        winner=winner,
+        kept_offline=tracking.kept_offline(tracked.directory),
+        seconds=seconds,
+    )
 
 
 def tidy(ledger: Ledger, paths: SweepPaths, keep: int) -> None:
@@ -195,7 +209,7 @@ def _check_inputs(spec: SweepSpec) -> dict[str, str]:
         return {}
     assert spec.model is not None
     assert spec.data is not None
-    return {"model": data.model_hash(spec.model), "data": data.content_hash(spec.data, spec.model)}
+    return data.content_hashes(spec.data, spec.model)
 
 
 def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
@@ -258,25 +272,33 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     try:
         has = ray.cluster_resources()
         wanted = {"CPU": cpus, "GPU": gpus}
-        for kind, amount in wanted.items():
-            if amount > has.get(kind, 0):
-                raise Refused(
-                    f"resources.{kind.lower()}s: a trial asks for {amount:g} {kind}, the cluster has"
-                    f" {has.get(kind, 0):g}; ask for less, or join a cluster that has them with --address"
-                )
+        where = "this machine has" if address == "local" else f"the cluster at {address} has"
+        lacking = [
+            f"resources.{kind.lower()}s: a trial asks for {amount:g}, {where} {has.get(kind, 0):g}"
+            for kind, amount in wanted.items()
+            if amount > has.get(kind, 0)
+        ]
+        if lacking:
+            raise Refused("\n".join([*lacking, "Ask for less, or join a cluster that has them with --address."]))
         yield int(min(has[kind] / amount + 1e-9 for kind, amount in wanted.items() if amount))  # 1 / 0.2 is 5
     finally:
         if address != "local":
             ray.shutdown()
 
 
-def _check_bf16(gpus: float) -> None:
-    """Ask a GPU of the cluster, before a trial is started, whether it computes in bf16."""
+def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool, cpus: float, gpus: float) -> None:
+    """Have a process of the cluster check what only torch can tell, before a trial is started.
 
-    @ray.remote(num_gpus=gpus, max_retries=0)
+    Whether the names of `layers` are names of the model's, and with `bf16` whether a trial's GPU computes in bf16. The
+    driver does without torch.
+    """
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def check() -> None:
-        model = importlib.import_module("trainables.model")  # imports torch, which the driver does without
-        model.check_compute_dtype("bf16")
+        models = importlib.import_module("trainables.model")
+        if bf16:
+            models.check_compute_dtype("bf16")
+        models.check_target_modules(model, layers)
 
     try:
         ray.get(check.remote())
@@ -326,7 +348,7 @@ def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str]) -> Ledg
         ledger.note("sweep_id", secrets.token_hex(4))
         ledger.note("inputs", inputs)
     elif recorded != inputs:
-        changed = " and ".join(name for name in inputs if inputs[name] != recorded.get(name))
+        changed = ", ".join(name for name in inputs if inputs[name] != recorded.get(name))
         raise Refused(
             f"{changed}: the content is not that which {paths.root} was begun with. Give this sweep another `name`,"
             " restore the files, or move the directory away."

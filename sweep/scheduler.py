@@ -134,7 +134,7 @@ class LedgerScheduler(FIFOScheduler):
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._ledger_failed(error)
             return self._save(trial)
-        for line in filter(None, (result["banner"], *result["notes"])):
+        for line in (*result["banner"].splitlines(), *result["notes"]):
             self._tell(self._listener.note, line)
         self._tell(self._listener.advanced, entry, result["slice"])
         if entry.state.is_finished():

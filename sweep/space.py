@@ -182,12 +182,12 @@ class Space:
         """Fields with more values than can be listed."""
         return tuple(name for name, dimension in self.dimensions.items() if dimension.source.values is None)
 
-    def may_be(self, name: str, value: Any) -> bool:
-        """Whether a configuration of the space may have `value` in the field `name`, which has no range."""
+    def values(self, name: str) -> tuple[Any, ...]:
+        """What the field `name`, which has no range, may be in a configuration of the space."""
         dimension = self.dimensions.get(name)
         if dimension is None:
-            return bool(DEFAULTS[name] == value)
-        return value in (dimension.source.values or ()) or (bool(dimension.when) and DEFAULTS[name] == value)
+            return (DEFAULTS[name],)
+        return (*(dimension.source.values or ()), *((DEFAULTS[name],) if dimension.when else ()))
 
     def suggest(self, trial: "BaseTrial") -> QLoRAConfig:
         """The configuration of an Optuna trial, which is asked for every searched parameter that is in effect."""

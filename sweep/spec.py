@@ -233,7 +233,7 @@ def dump(spec: SweepSpec) -> str:
 def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
     """What differs between two specs and may not while a sweep is under way: one line for each key or field.
 
-    Of local rows the caller must compare the content (`trainables.data.content_hash`): their paths may differ.
+    Of local rows the caller must compare the content (`trainables.data.content_hashes`): their paths may differ.
     """
 
     def free(key: str, was: object, now: object) -> bool:
@@ -308,7 +308,7 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 yield (key,), "is missing; only trainable: toy goes without"
         if given("resources.gpus") and found["resources.gpus"] > 1:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
-        if given("space") and found.get("resources.gpus") == 0 and found["space"].may_be("optimizer", PAGED):
+        if given("space") and found.get("resources.gpus") == 0 and PAGED in found["space"].values("optimizer"):
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
     if found.get("search.sampler") == "gp" and found.get("early_stopping"):
         yield ("search", "sampler"), "received gp, which learns from complete trials only; set early_stopping: false"

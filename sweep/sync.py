@@ -99,7 +99,7 @@ class _Fragment:
 
     @property
     def is_synced(self) -> bool:
-        return _mark(self.file).exists()
+        return tracking.mark(self.file).exists()
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def upload(sweep: Path) -> Outcome:
     with _locked(paths):
         ids = sorted({file.stem.removeprefix("run-") for file in (paths.tracking / "wandb").glob("*run-*/run-*.wandb")})
         files = {run_id: tracking.fragments(str(paths.tracking), run_id) for run_id in ids}
-        files = {run_id: found for run_id, found in files.items() if not all(_mark(file).exists() for file in found)}
+        files = {
+            run_id: found for run_id, found in files.items() if not all(tracking.mark(file).exists() for file in found)
+        }
         if not files:
             return Outcome(len(ids), (), {})
         server = _Server()
@@ -168,10 +170,10 @@ def _send_all(server: "_Server", paths: SweepPaths, files: dict[str, list[Path]]
                         f"W&B did not take all of {fragment.file.parent.name}; the newest log in {logs} says why"
                     )
             except _Failed as error:
-                _mark(fragment.file).unlink(missing_ok=True)
+                tracking.mark(fragment.file).unlink(missing_ok=True)
                 failed[label] = str(error)
                 continue
-            _mark(fragment.file).touch()
+            tracking.mark(fragment.file).touch()
             if later:
                 waiting[label] = later
             else:
@@ -203,11 +205,6 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
         lock.release()
 
 
-def _mark(file: Path) -> Path:
-    """Stands beside a fragment that the server has; wandb's own name, so that `wandb sync` and `wandb clean` see it."""
-    return file.with_suffix(".wandb.synced")
-
-
 def _read(files: Sequence[Path]) -> list[_Fragment]:
     """The fragments of a run, oldest first."""
     fragments = []
@@ -221,7 +218,7 @@ def _read(files: Sequence[Path]) -> list[_Fragment]:
             ) from error
         opened = [record["run"] for record in records if record["type"] == "run"]
         if not opened:
-            _mark(file).touch()  # killed at once: it holds nothing
+            tracking.mark(file).touch()  # killed at once: it holds nothing
             continue
         found = tracking.rows_in(records)
         rows = {_place(row): row for row in found if _place(row) not in seen}
@@ -303,7 +300,7 @@ def _complete_begun(server: "_Server", fragments: list[_Fragment]) -> tuple[bool
     if missing or lacks_end:
         _log(server, head, missing)
     for fragment in head:
-        _mark(fragment.file).touch()
+        tracking.mark(fragment.file).touch()
     return bool(missing or lacks_end), untouched
 
 

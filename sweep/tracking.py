@@ -407,6 +407,17 @@ def fragments(directory: str, run_id: str) -> list[Path]:
     return sorted(found, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
+def mark(fragment: Path) -> Path:
+    """Stands beside a fragment that the server has; wandb's own name, so that `wandb sync` and `wandb clean` see it."""
+    return fragment.with_suffix(".wandb.synced")
+
+
+def kept_offline(directory: str) -> int:
+    """Runs of which W&B lacks something because it could not be, or was not to be, used."""
+    found = Path(directory, "wandb").glob("offline-run-*/run-*.wandb")
+    return len({file.name for file in found if not mark(file).exists()})
+
+
 def records(fragment: Path) -> list[dict[str, Any]]:
     """All that wandb wrote to a fragment, also when it is torn: what can be read here is what can be uploaded.
 

@@ -16,7 +16,7 @@ import pytest
 import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables.config import DataConfig
-from trainables.data import DataError, Rows, check_model, content_hash, load, model_hash, prepare
+from trainables.data import DataError, Rows, check_model, content_hashes, load, model_hash, prepare
 
 TEXT = [{"text": f"the dog counts to {n} and then sleeps"} for n in range(12)]
 PAIRS = [{"prompt": f"How many letters stand here? {'x' * n} =", "completion": f" {n} letters"} for n in range(12)]
@@ -130,7 +130,7 @@ def test_a_fraction_is_split_off_by_seed_and_mapped(llama: str, tmp_path: Path) 
     parts = [{rows[i][0].tobytes() for i in range(len(rows))} for rows in (tokens.train, tokens.validation)]
     assert [len(part) for part in parts] == [30, 10]
     assert not parts[0] & parts[1]
-    assert content_hash(data(1), llama) != content_hash(data(2), llama)
+    assert content_hashes(data(1), llama) != content_hashes(data(2), llama)
 
     assert tokens.test is None
     assert isinstance(tokens.train.input_ids, np.memmap)
@@ -182,8 +182,25 @@ def test_the_hash_follows_what_decides_the_tokens(llama: str, tmp_path: Path) ->
         (DataConfig(train=train, validation=train, test=train), llama),
         (DataConfig(train=train, validation=train, max_length=99), llama),
     ]
-    assert len({content_hash(*case) for case in same}) == 1
-    assert len({content_hash(*case) for case in same + different}) == 1 + len(different)
+    names = [[prepare(*case, tmp_path / "tokens").path.name for case in cases] for cases in (same, different)]
+    assert len(set(names[0])) == 1
+    assert len({*names[0], *names[1]}) == 1 + len(different)
+
+
+def test_content_hashes_name_what_changed(llama: str, tmp_path: Path) -> None:
+    train, other = write(tmp_path / "train.jsonl", PAIRS), write(tmp_path / "other.jsonl", PAIRS[::-1])
+    before = content_hashes(DataConfig(train=train, validation=train, test=train), llama)
+    assert before.keys() == {"model", "tokenizer", "data.train", "data.validation", "data.test"}
+    template = with_template(llama, "{{ messages }}", tmp_path / "model")
+    for data, model, changed in [
+        (DataConfig(train=train, validation=train, test=train, split_seed=5), llama, set()),
+        (DataConfig(train=other, validation=train, test=train), llama, {"data.train"}),
+        (DataConfig(train=train, validation=train, test=other), llama, {"data.test"}),
+        (DataConfig(train=train, validation=train, test=train), template, {"tokenizer"}),
+    ]:
+        after = content_hashes(data, model)
+        assert {name for name in before if before[name] != after[name]} == changed
+    assert content_hashes(DataConfig(train=train, validation=0.3), llama).keys() == {"model", "tokenizer", "data.train"}
 
 
 def as_csv(rows: list[dict[str, str]], path: Path) -> Path:
@@ -225,7 +242,7 @@ def test_every_kind_of_file_gives_the_same_rows(
     rows = [*PAIRS, {"prompt": 'two\nlines, "quoted"', "completion": "größer ✓"}]
     jsonl = write(tmp_path / "rows.jsonl", rows)
     other = str(written(rows, tmp_path / "rows"))
-    hashes = [content_hash(DataConfig(train=source, validation=source), llama) for source in (jsonl, other)]
+    hashes = [content_hashes(DataConfig(train=source, validation=source), llama) for source in (jsonl, other)]
     assert hashes[0] == hashes[1]
 
 
@@ -282,7 +299,7 @@ def test_bad_rows_are_named(name: str, content: str | bytes | None, complaint: s
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError, match=complaint) as error:
-        content_hash(DataConfig(train=str(file)), llama)
+        content_hashes(DataConfig(train=str(file)), llama)
     assert str(error.value).startswith(str(file))
 
 
@@ -298,7 +315,7 @@ def test_splits_that_do_not_fit_are_named(llama: str, tmp_path: Path) -> None:
         (DataConfig(train=str(tmp_path / "empty")), "not a directory that datasets' save_to_disk wrote"),
     ):
         with pytest.raises(DataError, match=re.escape(complaint)):
-            content_hash(data, llama)
+            content_hashes(data, llama)
 
 
 def test_completions_that_are_all_cut_off_are_refused(llama: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
-    assert "Example: qlora-sweep run search_spaces/pricer.yaml" in shown.stdout
+    assert "Example: python -m sweep run search_spaces/pricer.yaml" in shown.stdout
 
 
 def default(field) -> str:

@@ -484,7 +484,7 @@ def test_every_quantisation_learns(tiny, quant_type, compute_dtype, change):
 def test_the_banner_tells_sizes(tiny):
     trial = qlora_sft.start(CONFIG, tiny, None)
     assert trial.banner.startswith(
-        "base 0.1 M parameters: 0.1 MB in 4 bits (0.2 MB in 16, 0.4 MB in 32); adapter r=8 on"
+        "base 0.1 M parameters: 0.1 MB in 4 bits (0.2 MB in 16, 0.4 MB in 32)\nadapter r=8 on"
     )
     trial.close()
 

@@ -49,6 +49,7 @@ def test_running_again_changes_nothing_and_more_trials_extend(undisturbed):
     space, _, entries = undisturbed
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "Nothing is left to do: 8 of 8 trials are done." in again.stdout
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(entries)
     more = sweeps.run(space, "--set", "search.trials=9")
     assert more.returncode == 0, more.stdout + more.stderr
@@ -81,6 +82,7 @@ def test_an_exception_fails_its_trial_alone_and_is_told(space):
     done = sweeps.run(space, "--set", "search.trials=2", "--set", "tracking.mode=offline", TOY_FAULT="raise:3")
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr == ""
+    assert "2 W&B runs are kept offline; upload them with: python -m sweep sync sweeps/toy" in done.stdout
     reason = "ValueError: TOY_FAULT at step 3, [in brackets]"
     assert reason in done.stdout
     for entry in sweeps.entries(space):
@@ -155,9 +157,10 @@ def test_trials_side_by_side(space):
 
 
 def test_a_gpu_asked_for_and_none_present(space):
-    refused = sweeps.run(space, "--set", "resources.gpus=1")
+    refused = sweeps.run(space, "--set", "resources={gpus: 1, cpus: 500}")
     assert refused.returncode == 2
-    assert "resources.gpus: a trial asks for 1 GPU, the cluster has 0" in refused.stderr
+    assert "resources.gpus: a trial asks for 1, this machine has 0" in refused.stderr
+    assert "resources.cpus: a trial asks for 500, this machine has" in refused.stderr
     assert not (space.parent / "sweeps/toy").exists()
 
 

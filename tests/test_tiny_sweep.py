@@ -1,6 +1,7 @@
 """A sweep of real QLoRA trials (tiny random Llama, real bitsandbytes, PEFT, Ray, W&B files), also when it is killed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,51 +90,23 @@ def test_best_loads_with_plain_peft_and_gives_the_recorded_loss(undisturbed):
     best = space.parent / "sweeps/tiny/best"
     facts = json.loads((best / "sweep.json").read_text())
     scored = subprocess.run(
-        [sys.executable, "-c", SCORE, str(best), str(next((space.parent / "sweeps/tiny/tokens").glob("[!.]*")))],
+        [sys.executable, "-m", "benchmarks.plain_peft", str(best.parent)],
+        cwd=Path(__file__).parent.parent,
         env=sweeps.environment(),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert abs(float(scored.stdout.split()[-1]) - facts["validation_loss"]) < 1e-3
+    losses = re.findall(r"recorded ([\d.]+)  plain PEFT ([\d.]+)", scored.stdout)
+    assert float(losses[0][0]) == pytest.approx(facts["validation_loss"], abs=1e-6)
+    assert len(losses) >= 3
+    for recorded, plain in losses:
+        assert float(plain) == pytest.approx(float(recorded), abs=1e-3)
     assert (best / "tokenizer.json").is_file()
     card = (best / "README.md").read_text()
     assert "library_name: peft" in card
     assert f"| learning_rate | {facts['config']['learning_rate']} |" in card
     assert not list(best.glob("training_state*"))
-
-
-SCORE = """
-import json, sys
-from pathlib import Path
-import torch
-from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trainables import data
-
-best = Path(sys.argv[1])
-facts = json.loads((best / "sweep.json").read_text())
-config = facts["config"]
-dtype = torch.bfloat16 if config["compute_dtype"] == "bf16" else torch.float32
-quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=config["quant_type"],
-    bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=config["double_quant"])
-base = AutoModelForCausalLM.from_pretrained(facts["model"], quantization_config=quantization, dtype=dtype)
-for layer in base.modules():
-    if isinstance(layer, Linear4bit):
-        layer.support_avx512bf16_for_cpu = False
-model = PeftModel.from_pretrained(base, best).eval()
-rows = data.load(Path(sys.argv[2])).validation
-loss = labels = 0
-with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-    for row in range(len(rows)):
-        ids, supervised = (torch.tensor(array) for array in rows[row])
-        logits = model(ids[None].long()).logits[0, :-1].float()
-        mask = supervised[1:]
-        loss += torch.nn.functional.cross_entropy(logits[mask], ids[1:][mask].long(), reduction="sum").item()
-        labels += int(mask.sum())
-print(loss / labels)
-"""
 
 
 def fragments(space: Path, number: int) -> list[Path]:
@@ -175,6 +148,7 @@ def test_every_trial_is_a_run_of_the_project(undisturbed):
         (("max_length: 64", "max_length: 3"), "max_length"),
         (("train.jsonl", "broken.jsonl"), "broken.jsonl"),
         (("/llama", "/unfinished"), "config.json is missing"),
+        (("space:", "space:\n  target_modules: [q_proj, v_porj]"), "'v_porj' ends the name of no linear layer"),
     ],
 )
 def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_path, change, message):

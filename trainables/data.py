@@ -135,7 +135,7 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     """
     tokenizer = check_model(model)
     splits = _read_splits(data)
-    target = directory / _hash(splits, tokenizer, data.max_length, VERSIONS)
+    target = directory / _tokens_hash(splits, tokenizer, data.max_length)
     if not target.is_dir():
         temporary = directory / f".{target.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -151,10 +151,19 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     return Prepared(path=target, **summary)
 
 
-def content_hash(data: DataConfig, model: str) -> str:
-    """Hash of the rows, how they are split, and the tokenizer of `model`; raises what `prepare` does."""
+def content_hashes(data: DataConfig, model: str) -> dict[str, str]:
+    """Hashes of all that a sweep reads, by key of its spec: raises what `prepare` does.
+
+    Rows that are split into training and validation count as `data.train`; the tokenizer is the model's, told apart.
+    """
     tokenizer = check_model(model)
-    return _hash(_read_splits(data), tokenizer, data.max_length, ())
+    splits = _read_splits(data)
+    if not isinstance(data.validation, str):
+        hashes = {"data.train": _rows_hash(splits.pop("train"), splits.pop("validation"))}
+    else:
+        hashes = {}
+    hashes |= {f"data.{name}": _rows_hash(split) for name, split in splits.items()}
+    return {"model": model_hash(model), "tokenizer": _tokenizer_hash(tokenizer), **hashes}
 
 
 def model_hash(model: str) -> str:
@@ -504,14 +513,25 @@ def _canonical(row: Row) -> str:
     return json.dumps(row, sort_keys=True)
 
 
-def _hash(splits: dict[str, _Split], tokenizer: Path, max_length: int, packages: Iterable[str]) -> str:
-    """sha256 over rows, how they are split, tokenizer, length, and the versions of `packages`."""
-    versions = {package: version(package) for package in packages}
-    digest = hashlib.sha256(json.dumps([LAYOUT, max_length, versions]).encode())
-    for name, split in splits.items():
-        digest.update(f"\n{name}: {len(split.rows)} rows\n".encode())
+def _tokens_hash(splits: dict[str, _Split], tokenizer: Path, max_length: int) -> str:
+    """sha256 over all that decides the arrays: rows and how they are split, tokenizer, length, versions."""
+    versions = {package: version(package) for package in VERSIONS}
+    rows = {name: _rows_hash(split) for name, split in splits.items()}
+    decides = [LAYOUT, max_length, versions, rows, _tokenizer_hash(tokenizer)]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _rows_hash(*splits: _Split) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(f"\n{len(split.rows)} rows\n".encode())
         for row in split.rows:
             digest.update(_canonical(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _tokenizer_hash(tokenizer: Path) -> str:
+    digest = hashlib.sha256()
     for file in sorted({file for pattern in (*TOKENIZER_FILES, *TEMPLATE_FILES) for file in tokenizer.glob(pattern)}):
         if file.is_file():
             digest.update(f"\n{file.relative_to(tokenizer).as_posix()}: {file.stat().st_size} bytes\n".encode())

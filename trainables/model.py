@@ -7,7 +7,7 @@ and leaves the base as it was.
 import gc
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import psutil
@@ -16,7 +16,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from trainables.config import ComputeDtype, QuantType
 
@@ -141,7 +141,7 @@ def attach(
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise RuntimeError("the base carries the adapter of another trial in this process: close that trial first")
     if target_modules != "all-linear":
-        _check_names(model, tuple(target_modules))
+        _check_names(model, str(model.name_or_path), tuple(target_modules))
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -165,15 +165,23 @@ def detach(adapted: PeftModel) -> None:
     adapted.unload().train(False)
 
 
-def _check_names(model: PreTrainedModel, target_modules: tuple[str, ...]) -> None:
+def check_target_modules(model: str, layers: Iterable[tuple[str, ...]]) -> None:
+    """Raises ValueError when a name in `layers` ends no linear layer of `model`, of which the config is enough."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    for names in layers:
+        _check_names(skeleton, model, names)
+
+
+def _check_names(model: PreTrainedModel, called: str, target_modules: tuple[str, ...]) -> None:
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     for target in target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            endings = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(
-                f"target_modules: {target!r} ends the name of no linear layer of {model.name_or_path} "
-                f"(the output head takes no adapter); name some of {endings}, or all-linear"
+                f"target_modules: {target!r} ends the name of no linear layer of {called} "
+                f"(the output head takes no adapter); name some of {', '.join(endings)}, or all-linear"
             )
 
 
@@ -197,13 +205,13 @@ def footprint(model: torch.nn.Module) -> tuple[int, int, int]:
 
 
 def banner(adapted: PeftModel, r: int) -> str:
-    """One line on what is trained: the base's size in 4, 16 and 32 bits, and that of its adapter of rank `r`."""
+    """Two lines on what is trained: the base's size in 4, 16 and 32 bits, and that of its adapter of rank `r`."""
     in_4, in_16, in_32 = footprint(adapted)
     layers = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
     trained = [weight for weight in adapted.parameters() if weight.requires_grad]
     return (
         f"base {in_32 / 4e6:.1f} M parameters: {in_4 / 1e6:.1f} MB in 4 bits "
-        f"({in_16 / 1e6:.1f} MB in 16, {in_32 / 1e6:.1f} MB in 32); "
+        f"({in_16 / 1e6:.1f} MB in 16, {in_32 / 1e6:.1f} MB in 32)\n"
         f"adapter r={r} on {layers} layers: {sum(weight.numel() for weight in trained) / 1e6:.1f} M parameters, "
         f"{sum(weight.nbytes for weight in trained) / 1e6:.1f} MB"
     )

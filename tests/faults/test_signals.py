@@ -28,6 +28,7 @@ def test_preempted_and_run_again(undisturbed, space, number, whole_group):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert time.monotonic() - began < 30
+    assert f"Preempted by {signal.Signals(number).name}: 0 of 8 trials are done." in output
     assert "The same command goes on: python -m sweep run" in output
     found = checkpoint.newest(first_trial(space))
     assert found is not None

@@ -31,6 +31,11 @@ class SweepPaths:
         return self.root / "driver.txt"
 
     @property
+    def pulse(self) -> Path:
+        """Written to all the time by the driver of a sweep on an object store."""
+        return self.root / "driver.pulse"
+
+    @property
     def tokens(self) -> Path:
         """Tokenised data, a directory per content hash."""
         return self.root / "tokens"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweep.paths import SweepPaths
+from sweep.place import Place
 from sweep.progress import STATES
 from sweep.study import Entry, Ledger, ranking
 from sweep.tracking import described
@@ -94,21 +95,23 @@ def any_finished(entries: Sequence[Entry]) -> bool:
     return any(entry.state in (TrialState.COMPLETE, TrialState.PRUNED) for entry in entries)
 
 
-def export_best(ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None) -> Entry | None:
+def export_best(ledger: Ledger, place: Place, model: str, tokenizer: Path | None) -> Entry | None:
     """Make best/ from the checkpoint with the lowest validation loss of all that are there.
 
     `tokenizer` is the directory of its files; without one, of a toy, only the configuration is written. Returns the
     winner, None when no trial has a checkpoint.
     """
-    kept = [(entry, checkpoint.best(paths.trial(entry.number))) for entry in ledger.entries()]
+    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in ledger.entries()]
     scored = [(found.loss, entry.number, entry, found) for entry, found in kept if found and found.loss is not None]
     for _, _, winner, found in sorted(scored, key=lambda row: row[:2]):
         try:
+            place.pull_checkpoints(found.path.parent)
             checkpoint.read(found.path)
         except ValueError as error:
             warnings.warn(f"{error}; best/ is made of the next best checkpoint", stacklevel=2)
             continue
-        _export(ledger, paths, model, tokenizer, winner, found)
+        _export(ledger, place.paths, model, tokenizer, winner, found)
+        place.push(place.paths.best)
         return winner
     return None
 

@@ -2,15 +2,17 @@
 
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import secrets
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,7 @@ from sweep import report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
+from sweep.place import Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
 from sweep.repair import starting_halvings
 from sweep.scheduler import LedgerScheduler, Listener, Watch
@@ -54,6 +57,10 @@ QUIET_RAY = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours drains instead
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+PULSE_SECONDS = 5.0
+"""How often the driver of a sweep on an object store shows that it lives."""
 
 
 class Refused(Exception):
@@ -87,15 +94,20 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
     """
     began = time.monotonic()
-    paths = SweepPaths(Path(spec.storage).absolute() / spec.name)
+    remote = "://" in spec.storage
+    place = Place(
+        f"{spec.storage.rstrip('/')}/{spec.name}" if remote else str(Path(spec.storage).absolute() / spec.name)
+    )
+    paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
     drain = Drain()
     winner = None
     farewell = f"Preempted. The same command goes on: {again}"
-    with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(paths) as lease:
+    with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
+        place.pull(paths.spec)
         _same_as_recorded(spec, paths)
-        listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {paths.root}, W&B {tracked.mode}")
+        listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
             draining_after(drain, spec.budget.hours),
@@ -106,6 +118,9 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
             ledger = _open(spec, paths, inputs)
+            place.push(paths.spec)
+            if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
+                place.push(Path(job.tokens))
             if len(ledger):
                 listener.resumed(ledger.entries())
 
@@ -123,7 +138,6 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     trainable=spec.trainable,
                     config=entry.config,
                     job=replace(job, score_base=score_base, halvings=halvings),
-                    directory=paths.trial(entry.number),
                     lease=lease,
                     reported=entry.reported,
                     cost=entry.cost,
@@ -135,7 +149,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 )
 
             def started(entry: Entry) -> None:
-                tidy(ledger, paths, spec.checkpoint.keep)
+                tidy(ledger, place, spec.checkpoint.keep)
                 listener.started(entry)
 
             def settled(number: int) -> bool:
@@ -177,9 +191,9 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         for note in tracking.notes():
             listener.note(note)
         if drain.cause not in ("signal", "breakdown"):
-            tidy(ledger, paths, spec.checkpoint.keep)
+            tidy(ledger, place, spec.checkpoint.keep)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
-            winner = report.export_best(ledger, paths, spec.model or spec.trainable, tokenizer)
+            winner = report.export_best(ledger, place, spec.model or spec.trainable, tokenizer)
     seconds = time.monotonic() - began
     return Outcome(
         ledger=ledger,
@@ -193,14 +207,17 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     )
 
 
-def tidy(ledger: Ledger, paths: SweepPaths, keep: int) -> None:
+def tidy(ledger: Ledger, place: Place, keep: int) -> None:
     """Of the trials that have ended, keep the best checkpoint of the best `keep`, and nothing of the others."""
     ended = [entry for entry in ledger.entries() if entry.state is not TrialState.RUNNING]
     contenders = {entry.number for entry in ranking(ended)[:keep]}
     for entry in ended:
-        directory = paths.trial(entry.number)
+        directory = place.paths.trial(entry.number)
+        if entry.number in contenders:
+            place.pull_checkpoints(directory, manifests_alone=True)
         kept = checkpoint.best(directory) if entry.number in contenders else None
         checkpoint.prune(directory, {kept.path} if kept else set())
+        place.prune(directory)
 
 
 def _check_inputs(spec: SweepSpec) -> dict[str, str]:
@@ -221,36 +238,90 @@ def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
 
 
 @contextmanager
-def _locked(paths: SweepPaths) -> Iterator[Lease]:
-    """Hold the sweep directory; the kernel lets go when the process dies, so a crash leaves no false alarm.
+def _locked(place: Place, drain: Drain, listener: Listener) -> Iterator[Lease]:
+    """Hold the sweep directory; a crash leaves no false alarm, for the kernel lets go when the process dies.
 
-    The lease that is given out holds until the next driver has the directory.
+    The lease that is given out holds until the next driver has the directory. An object store has no locks, but
+    a pulse: should two drivers start in the same moment, the one that is named as the holder goes on.
     """
+    paths = place.paths
     fresh = not paths.root.exists()
+    if paths.root.is_symlink():
+        raise Refused(f"{paths.root} is a link to {paths.root.resolve()}; name the directory above that as `storage`")
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(paths.lock, timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
-        holder = paths.lock_holder.read_text() if paths.lock_holder.exists() else "another process"
-        raise Refused(f"{paths.root} is in use by {holder}; wait for it, or give this sweep another `name`") from error
+        raise _in_use(place) from error
     except OSError as error:
         raise Refused(
             f"storage: cannot write to {paths.root} ({error.strerror}); name a directory that is yours"
         ) from error
     try:
         lease = Lease(
-            paths.lock_holder,
+            place,
             f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC",
         )
-        paths.lock_holder.write_text(lease.text)
-        yield lease
+        _take(lease, listener)
+        with _pulse(lease, drain, listener) if place.is_remote else nullcontext():
+            yield lease
     except (Refused, data.DataError):
         if fresh and not paths.spec.exists():
             shutil.rmtree(paths.root)  # nothing was started
         raise
     finally:
         lock.release()
+
+
+def _take(lease: Lease, listener: Listener) -> None:
+    """Make the lease hold; on an object store, unless another driver shows that it lives (a killed one does not)."""
+    place = lease.place
+    try:
+        before = place.text(place.paths.pulse) if place.is_remote else None
+        if before is not None:
+            listener.note(f"Looking for {3 * PULSE_SECONDS:g} s whether another driver runs this sweep")
+            time.sleep(3 * PULSE_SECONDS)
+            if place.text(place.paths.pulse) not in (before, None):
+                raise _in_use(place)
+        place.paths.lock_holder.write_text(lease.text)
+        place.push(place.paths.lock_holder)
+    except OSError as error:
+        raise Refused(f"storage: {place.url} cannot be used: {error}") from error
+
+
+@contextmanager
+def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
+    """Write to a file on the object store all the time, and end the sweep when another driver has it."""
+    place = lease.place
+    file = place.paths.pulse
+    ended = threading.Event()
+
+    def beat() -> None:
+        for number in itertools.count():
+            try:
+                file.write_text(f"{lease.text}, pulse {number}")
+                place.push(file)
+                if not lease.holds():
+                    drain.request("breakdown", f"Another driver has taken over {place.url}")
+            except OSError as error:  # trials meet it, too, and are handed out again
+                listener.note(f"{place.url} does not answer: {error}")
+            if ended.wait(PULSE_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        place.delete(file)
+
+
+def _in_use(place: Place) -> Refused:
+    holder = place.text(place.paths.lock_holder) or "another process"
+    return Refused(f"{place.url} is in use by {holder}; wait for it, or give this sweep another `name`")
 
 
 @contextmanager

@@ -28,6 +28,8 @@ BREAKDOWNS = 5
 """So many errors and lost processes without progress between them end the sweep: the machine needs help."""
 ACCIDENTS = 8
 """So often a trial is handed out again in one run; two deaths for each of three halvings, and two more, are eight."""
+LOOK_SECONDS = 1.0
+"""How often the cluster is asked which of its machines are taken away."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -51,16 +53,20 @@ class Listener(Protocol):
 
 
 class Watch(tune.Callback, tune.Stopper):
-    """Kills processes that give no sign of life, and ends Tune's loop when the sweep has drained."""
+    """Kills processes that give no sign of life, sees machines that are taken away, and ends Tune's loop when the sweep
+    has drained."""
 
     def __init__(self, drain: Drain, trial_timeout: float) -> None:
         self._drain = drain
         self._heard: dict[str, float] = {}  # Ray's trial id -> time.monotonic() of its newest sign of life
         self._told: set[str] = set()  # of which a result has come
         self._unsaved = 0
+        self._looked = 0.0  # time.monotonic() when the cluster was last asked
         self.trial_timeout = trial_timeout
         self.silenced: set[int] = set()
         """Trials whose process was killed."""
+        self.draining: set[str] = set()
+        """Nodes of the cluster that are being taken away."""
         self.saving: list[ray.ObjectRef[None]] = []
         """Last checkpoints that are being written."""
 
@@ -74,6 +80,9 @@ class Watch(tune.Callback, tune.Stopper):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self.draining = set(ray._private.state.state.get_draining_nodes())  # as Ray Train asks: no public way
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
             number = trial.config["assignment"].number
@@ -124,6 +133,7 @@ class LedgerScheduler(FIFOScheduler):
         self._breakdowns = 0  # since a trial last got on
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
         self._nodes: dict[int, str] = {}  # where a trial was last heard of
+        self._leaving: set[int] = set()  # trials that were asked to leave their machine
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number: int = trial.config["assignment"].number
@@ -139,7 +149,13 @@ class LedgerScheduler(FIFOScheduler):
         self._tell(self._listener.advanced, entry, result["slice"])
         if entry.state.is_finished():
             self._conclude(entry, trial)
-        return self._save(trial) if self._drain() and decision == TrialScheduler.CONTINUE else decision
+        if decision == TrialScheduler.CONTINUE and self._drain():
+            return self._save(trial)
+        if decision == TrialScheduler.CONTINUE and result["node"] in self._watch.draining:
+            # It is handed out again when its process is gone: two must not write into one directory.
+            self._leaving.add(number)
+            trial.temporary_state.ray_actor.save_and_exit.remote()
+        return decision
 
     def _take(self, number: int, result: dict[str, Any]) -> str:
         """Write a result to the ledger and decide."""
@@ -171,7 +187,13 @@ class LedgerScheduler(FIFOScheduler):
         number: int = trial.config["assignment"].number
         try:
             cause = _cause(trial)
-            if number in self._watch.silenced:
+            if number in self._leaving:
+                self._leaving.discard(number)
+                self._put_back(number)
+                self._tell(
+                    self._listener.note, f"trial {number:3d} left a machine that is taken away; it goes on elsewhere"
+                )
+            elif number in self._watch.silenced:
                 self._watch.silenced.discard(number)
                 self._fell_silent(number)
             elif isinstance(cause, RayActorError):

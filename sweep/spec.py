@@ -32,6 +32,9 @@ FREE_SECTIONS = {"tracking", "resources", "preemption", "checkpoint"}
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
 
+STORES = ("s3://",)
+"""What the URL of an object store begins with."""
+
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gguf", ".safetensors"}
 """What ends in one of these is a file and no Hub id."""
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
@@ -52,9 +55,9 @@ def _url(text: str) -> str:
     return text
 
 
-def _no_url(text: str) -> str:
-    if "://" in text:
-        raise ValueError("should be a directory, on a file system that all machines of the sweep see")
+def _store(text: str) -> str:
+    if "://" in text and not text.startswith(STORES):
+        raise ValueError(f"should be a directory, or begin with {listed(STORES)}")
     return text
 
 
@@ -174,10 +177,10 @@ class SweepSpec(Section):
     """Weights & Biases."""
     resources: Resources = Resources()
     """What a trial gets."""
-    storage: Annotated[str, Field(min_length=1), AfterValidator(_no_url)] = "sweeps"
-    """Where sweep directories are made: a directory, relative to the working directory."""
+    storage: Annotated[str, Field(min_length=1), AfterValidator(_store)] = "sweeps"
+    """Where sweep directories are made: a directory, relative to the working directory, or `s3://bucket/prefix`."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
-    """Any Optuna storage URL; a journal file in the sweep directory unless given."""
+    """Any Optuna storage URL, a must on s3://; a journal file in the sweep directory unless given."""
     trial_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a sign of life (the loading of the model counts as none) after which a trial's process is killed;
     a second time, the trial fails."""
@@ -310,6 +313,9 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
         if given("space") and found.get("resources.gpus") == 0 and PAGED in found["space"].values("optimizer"):
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
+    if "://" in str(found.get("storage", "")) and "ledger" in found and found["ledger"] is None:
+        why = "an object store cannot append to a ledger file"
+        yield ("ledger",), f"is missing; {why}, so name a database, such as postgresql://USER@HOST/DATABASE"
     if found.get("search.sampler") == "gp" and found.get("early_stopping"):
         yield ("search", "sampler"), "received gp, which learns from complete trials only; set early_stopping: false"
     if given("space"):

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 
 from sweep import tracking
+from sweep.place import Place
 from sweep.repair import may_halve
 from trainables import checkpoint
 from trainables.config import QLoRAConfig
@@ -24,6 +25,8 @@ SLICE_SECONDS = 2.0
 """Wall clock of one call: short enough to look alive and to stop quickly, long enough that calls cost nothing."""
 WAIT_SECONDS = 9.0
 """How long an ending process waits for W&B; Ray kills it after 10."""
+ASK_SECONDS = 5.0
+"""How often an object store is asked whether the driver still is the driver."""
 NOTHING = Slice((), None, None, False, 0)
 
 
@@ -31,14 +34,11 @@ NOTHING = Slice((), None, None, False, 0)
 class Lease:
     """The right of one driver's trials to write into the sweep directory; the next driver's lease replaces it."""
 
-    file: Path
+    place: Place
     text: str
 
     def holds(self) -> bool:
-        try:
-            return self.file.read_text() == self.text
-        except FileNotFoundError:  # the directory was moved away
-            return False
+        return self.place.text(self.place.paths.lock_holder) == self.text  # None when the directory was moved away
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,8 @@ class Assignment:
     """Module under `trainables`."""
     config: QLoRAConfig
     job: Job
-    directory: Path
-    """Where its checkpoints are."""
     lease: Lease
+    """On the sweep directory, with the trial's checkpoints."""
     reported: int
     """Newest evaluation that the ledger has, -1 when none."""
     cost: Cost
@@ -92,11 +91,16 @@ class SlicedTrial(tune.Trainable):
         self._trial: Trial | None = None
         self._run: tracking.Run | None = None
         self._banner = ""
+        self._notes: list[str] = []
         self._reported = self._assignment.reported
         self._unreported: list[Evaluation] = []
         self._cost = self._assignment.cost
         self._saved = time.monotonic()
         self._saved_as = (0, 0)
+        self._newest: Path | None = None
+        self._place = self._assignment.lease.place
+        self._directory = self._place.paths.trial(self._assignment.number)
+        self._checked = time.monotonic()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave("preempted", None)  # nothing to do for a trial that was concluded or paused
@@ -104,8 +108,9 @@ class SlicedTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        if not self._assignment.lease.holds():
-            os._exit(1)  # this process has outlived its driver
+        if not self._place.is_remote or time.monotonic() - self._checked > ASK_SECONDS:
+            self._checked = time.monotonic()
+            self._assert_lease()
         try:
             return self._told(self._advance())
         except OutOfMemory as error:
@@ -114,14 +119,19 @@ class SlicedTrial(tune.Trainable):
             return self._told(NOTHING) | {"failure": Failure.of(error)}
         return self._told(self._make_room(reason))
 
+    def _assert_lease(self) -> None:
+        if not self._assignment.lease.holds():
+            os._exit(1)  # this process has outlived its driver
+
     def _told(self, slice_: Slice) -> dict[str, Any]:
         """What the driver gets to know of a slice."""
         self._cost = self._cost.plus(slice_)
+        notes, self._notes = self._notes, []
         return {
             "slice": slice_,
             "cost": self._cost,
             "banner": self._banner,
-            "notes": tracking.notes(),
+            "notes": [*notes, *tracking.notes()],
             "halvings": self._assignment.job.halvings,
             "node": ray.get_runtime_context().get_node_id(),
             "failure": None,
@@ -173,6 +183,12 @@ class SlicedTrial(tune.Trainable):
             reason = f"no last checkpoint: {error}"
         self._leave("preempted", reason)
 
+    def save_and_exit(self) -> None:
+        """Its machine is taken away: as `save_and_leave`, and end the process, so that the trial goes on elsewhere."""
+        self.save_and_leave()
+        tracking.close(WAIT_SECONDS)
+        ray.actor.exit_actor()
+
     def conclude(self, state: tracking.State, reason: str | None) -> None:
         """The driver's word on how the trial ended."""
         self._leave(state, reason)
@@ -185,38 +201,55 @@ class SlicedTrial(tune.Trainable):
         mine = self._assignment
         module = importlib.import_module(f"trainables.{mine.trainable}")
         try:
-            trial: Trial = module.start(mine.config, mine.job, checkpoint.newest(mine.directory))
+            self._place.pull_log(self._directory / tracking.ROWS)
+            self._place.pull_checkpoints(self._directory)
+            found = checkpoint.newest(self._directory, self._notes.append)
+            trial: Trial = module.start(mine.config, self._job(), found)
         finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
             self._run = self._run or self._record()
         self._banner = trial.banner
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))
+        self._newest = found.path if found else None
         return trial
+
+    def _job(self) -> Job:
+        """The job with its tokens on this machine."""
+        job = self._assignment.job
+        if not job.tokens:
+            return job
+        tokens = self._place.paths.tokens / Path(job.tokens).name
+        self._place.pull(tokens)
+        return replace(job, tokens=str(tokens))
 
     def _record(self) -> tracking.Run:
         mine = self._assignment
         name = tracking.run_name(mine.number, mine.config, mine.searched)
         config = tracking.run_config(mine.number, mine.config, mine.job.model, mine.tracking.group)
-        return tracking.start(mine.tracking, mine.run_id, name, config, mine.directory)
+        here = replace(mine.tracking, directory=str(self._place.paths.tracking))
+        return tracking.start(here, mine.run_id, name, config, self._directory)
 
     def _save(self) -> None:
-        """Write a checkpoint; of the older ones only that of the best evaluation stays."""
+        """Write a checkpoint; of the older ones stay that of the best evaluation and, should this one get damaged, the
+        newest."""
         assert self._trial is not None
         state = (self._trial.step, len(self._trial.evaluations))
         if state != self._saved_as:
-            written = checkpoint.write(
-                self._assignment.directory, self._trial.step, self._trial.evaluations, self._write
-            )
-            lowest = checkpoint.best(self._assignment.directory)
-            checkpoint.prune(self._assignment.directory, {written.path, *([lowest.path] if lowest else [])})
+            written = checkpoint.write(self._directory, self._trial.step, self._trial.evaluations, self._write)
+            lowest = checkpoint.best(self._directory)
+            kept = (written.path, self._newest, lowest.path if lowest else None)
+            checkpoint.prune(self._directory, {path for path in kept if path is not None})
+            self._newest = written.path
+            self._place.push(self._directory / tracking.ROWS)
+            self._place.push(written.path)
+            self._place.prune(self._directory)
         self._saved_as, self._saved = state, time.monotonic()
 
     def _write(self, directory: Path) -> None:
         """Write the checkpoint's files; it gets its name only as long as this process may write at all."""
         assert self._trial is not None
         self._trial.save(directory)
-        if not self._assignment.lease.holds():
-            os._exit(1)
+        self._assert_lease()
 
     def _leave(self, state: tracking.State, reason: str | None) -> None:
         """End the run and give the trial's memory back; nothing when that was done."""
@@ -224,6 +257,10 @@ class SlicedTrial(tune.Trainable):
         trial, self._trial = self._trial, None
         if run is not None:
             tracking.finish(run, state, summary(trial, self._assignment.first_rung) | {"stop_reason": reason})
+            try:
+                self._place.push(self._directory / tracking.ROWS)
+            except OSError as error:
+                self._notes.append(f"{self._place.url} did not take the last rows of a trial: {error}")
         if trial is not None:
             trial.close()
 

@@ -183,10 +183,11 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     (
         "storage",
         "name: demo",
-        "name: demo\nstorage: s3://bucket/x",
+        "name: demo\nstorage: ftp://bucket/x",
         2,
-        ['storage: received "s3://bucket/x"', "should be a directory"],
+        ['storage: received "ftp://bucket/x"', "should be a directory, or begin with s3://"],
     ),
+    ("no ledger on S3", "name: demo", "name: demo\nstorage: s3://bucket/x", 1, ["ledger: is missing", "postgresql://"]),
     ("ledger", "name: demo", "name: demo\nledger: a.db", 2, ['ledger: received "a.db"', "sqlite:///"]),
     ("name with ..", "name: demo", "name: ../demo", 1, ['name: received "../demo"', "a file name", "letters"]),
     ("name with a dot", "name: demo", "name: .demo", 1, ["a file name"]),

@@ -77,7 +77,7 @@ def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save:
     return Checkpoint(target, step, evaluations)
 
 
-def newest(trial_dir: Path) -> Checkpoint | None:
+def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Checkpoint | None:
     """The valid checkpoint with the most steps, or None. Warns of each newer one that is torn or altered.
 
     One that a killed `write` was about to replace gets its name back: the caller is the trial that owns the directory.
@@ -90,7 +90,7 @@ def newest(trial_dir: Path) -> Checkpoint | None:
         try:
             return read(path)
         except ValueError as error:
-            warnings.warn(f"{error}; the one before it is used", stacklevel=2)
+            warn(f"{error}; the one before it is used")
     return None
 
 

@@ -1,0 +1,150 @@
+"""Where a sweep directory is: on a file system that all its machines see, or on an object store.
+
+On an object store (any that pyarrow knows: s3://, gs://, …) every machine works on a copy of its own, and what must
+outlive the machine is pushed there: checkpoints, their manifest last, so that a torn upload is none; the rows of each
+trial; the spec; best/. Objects appear whole or not at all. On a file system there is one copy and nothing to do.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from sweep.paths import SweepPaths
+from trainables.checkpoint import MANIFEST
+from trainables.data import SUMMARY
+
+LAST = {MANIFEST, SUMMARY}
+"""Files that are written last, and say that the directory is whole."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sweep directory, the same on every machine; plain values, so that it can be sent to them.
+
+    All methods take paths in `paths.root`, and raise OSError when the store refuses.
+    """
+
+    url: str
+    """An absolute path, or a URL such as s3://bucket/sweeps/pricer."""
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.url
+
+    @property
+    def paths(self) -> SweepPaths:
+        """The directory, or this machine's copy of it."""
+        return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url))
+
+    def push(self, path: Path) -> None:
+        """Send a file, or a directory with all that is in it, the one last that says that it is whole."""
+        if self.is_remote:
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: (file.name in LAST, file)):
+                system, there = self._there(file)
+                with system.open_output_stream(there) as stream:
+                    stream.write(file.read_bytes())
+
+    def pull(self, path: Path) -> None:
+        """Fetch a file as it is now, or a directory that is not here (whose content never changes), if it is there."""
+        if not self.is_remote:
+            return
+        if self.holds(path):
+            self._fetch(path)
+        elif not path.exists():
+            system, there = self._there(path)
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+            for info in system.get_file_info(FileSelector(there, allow_not_found=True, recursive=True)):
+                if info.type == FileType.File:
+                    name = info.path.removeprefix(f"{there}/")
+                    self._fetch(path / name, unfinished / name)
+            if unfinished.exists() and not path.exists():  # else another process was faster
+                unfinished.rename(path)
+
+    def pull_log(self, path: Path) -> None:
+        """Have here what the store has of a file that only grows; kept are lines that this machine could not send."""
+        if self.is_remote:
+            sent = self.text(path)
+            if sent is not None and not (path.exists() and path.read_text().startswith(sent)):
+                self._fetch(path)
+
+    def pull_checkpoints(self, trial: Path, *, manifests_alone: bool = False) -> None:
+        """Have here what the store has of a trial's checkpoints, or their manifests, which are enough to rank them."""
+        if self.is_remote:
+            system, there = self._there(trial)
+            for info in system.get_file_info(FileSelector(there, allow_not_found=True)):
+                checkpoint = trial / info.base_name
+                manifest = self.text(checkpoint / MANIFEST)
+                if info.type == FileType.Directory and manifest is not None:
+                    here = checkpoint / MANIFEST
+                    known = here.exists() and here.read_text() == manifest
+                    for file in system.get_file_info(FileSelector(info.path, recursive=True)):
+                        local = checkpoint / file.path.removeprefix(f"{info.path}/")
+                        wanted = local.name == MANIFEST or not manifests_alone
+                        if file.type == FileType.File and wanted and not (known and local.exists()):
+                            self._fetch(local)
+
+    def prune(self, trial: Path) -> None:
+        """Delete the checkpoints there that are not here any more."""
+        if self.is_remote:
+            system, there = self._there(trial)
+            for info in system.get_file_info(FileSelector(there, allow_not_found=True)):
+                checkpoint = trial / info.base_name
+                if info.type == FileType.Directory and not checkpoint.exists():
+                    self.delete(checkpoint / MANIFEST)  # first, so that half of one is not taken for a whole one
+                    system.delete_dir(info.path)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file is there."""
+        if not self.is_remote:
+            return path.exists()
+        system, there = self._there(path)
+        return bool(system.get_file_info(there).type == FileType.File)
+
+    def text(self, path: Path) -> str | None:
+        """What a small file says at this moment; None when there is none."""
+        try:
+            if not self.is_remote:
+                return path.read_text()
+            system, there = self._there(path)
+            with system.open_input_stream(there) as stream:
+                return bytes(stream.read()).decode()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, path: Path) -> None:
+        """Delete a file, here and there; it need not exist."""
+        path.unlink(missing_ok=True)
+        if self.is_remote and self.holds(path):
+            system, there = self._there(path)
+            system.delete_file(there)
+
+    def _fetch(self, file: Path, here: Path | None = None) -> None:
+        """Make `file`, or `here`, from what the store has as `file`; it appears whole or not at all."""
+        system, there = self._there(file)
+        here = here or file
+        here.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = here.with_name(f".{here.name}.{os.getpid()}")
+        with system.open_input_stream(there) as stream:
+            unfinished.write_bytes(stream.read())
+        unfinished.rename(here)
+
+    def _there(self, path: Path) -> tuple[FileSystem, str]:
+        """The store, and the name that `path` has in it."""
+        system, root = _store(self.url)
+        return system, f"{root}/{path.relative_to(self.paths.root).as_posix()}"
+
+
+@cache
+def _store(url: str) -> tuple[FileSystem, str]:
+    system, root = FileSystem.from_uri(url)
+    return system, root.rstrip("/")
+
+
+def _copy_of(url: str) -> Path:
+    above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return above / "qlora-sweep" / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rstrip("/").rpartition("/")[2]

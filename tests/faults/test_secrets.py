@@ -1,0 +1,77 @@
+"""Keys stay where they are, and names stay where they belong."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests import sweeps
+from tests.tiny import make_tiny_llama, make_tiny_rows
+from tests.wandb_server import serve
+
+KEYS = {
+    "WANDB_API_KEY": "0123456789planted0123456789planted012345",
+    "HF_TOKEN": "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",
+    "AWS_SECRET_ACCESS_KEY": "planted/planted+plantedplantedplanted1234",
+    "AWS_SESSION_TOKEN": "plantedsessionplantedsession",
+}
+SPEC = """
+name: secret
+model: llama
+data: {train: train.jsonl, validation: validation.jsonl, max_length: 64}
+budget: {steps: 6, evaluations: 2}
+search: {trials: 2}
+space: {r: {values: [4, 8]}}
+tracking: {mode: online}
+"""
+
+
+@pytest.fixture
+def scratch():
+    """A directory for temporary files, with a name short enough for Ray's sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_no_key_in_any_file(tmp_path, scratch):
+    """Neither in the sweep (study, YAML, checkpoints, card, W&B's files), nor in Ray's, wandb's and temporary ones."""
+    make_tiny_llama(tmp_path / "llama")
+    make_tiny_rows(tmp_path, train=32, validation=8)
+    space = tmp_path / "space.yaml"
+    space.write_text(SPEC)
+    home = tmp_path / "home"
+    home.mkdir()
+    elsewhere = {"HOME": str(home), "TMPDIR": str(scratch), "RAY_TMPDIR": str(scratch)}
+    with serve() as server:
+        done = sweeps.run(space, **KEYS, **elsewhere, WANDB_BASE_URL=server.url)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(server.runs) == 2
+    files = [path for root in (tmp_path, scratch) for path in root.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {"study.log", "adapter_model.safetensors", "manifest.json", "README.md", "raylet.out"}
+    assert any(name.endswith(".wandb") for name in names)
+    for name, key in KEYS.items():
+        assert key not in done.stdout + done.stderr, name
+        assert not [path for path in files if key.encode() in path.read_bytes()], name
+
+
+def test_a_sweep_directory_that_leads_elsewhere_is_refused(space):
+    elsewhere = space.parent / "elsewhere"
+    elsewhere.mkdir()
+    (space.parent / "sweeps").mkdir()
+    (space.parent / "sweeps/toy").symlink_to(elsewhere)
+    refused = sweeps.run(space)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert f"is a link to {elsewhere}; name the directory above that as `storage`" in refused.stderr
+    assert not list(elsewhere.iterdir())
+
+
+def test_storage_itself_may_be_a_link(space):
+    elsewhere = space.parent / "elsewhere"
+    elsewhere.mkdir()
+    (space.parent / "sweeps").symlink_to(elsewhere)
+    done = sweeps.run(space, "--set", "search.trials=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (elsewhere / "toy/study.log").exists()

@@ -23,6 +23,7 @@ import filelock
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -508,6 +509,9 @@ def _tune(
     searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, cpus: float, gpus: float
 ) -> None:
     """Let Ray Tune run what the searcher hands out. Nothing of its own files is ever read: they go when it is done."""
+    # Tune sends the driver's AWS keys to trials, through Ray's logs and its server; each machine has its own.
+    kept_here = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(kept_here)
     with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(SlicedTrial, {"cpu": cpus, "gpu": gpus}),

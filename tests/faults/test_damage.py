@@ -2,9 +2,10 @@
 
 import json
 
+import psutil
 import pytest
 
-from tests import sweeps
+from tests import nodes, sweeps
 
 
 @pytest.fixture
@@ -12,8 +13,10 @@ def killed(space):
     """A sweep that was killed in its first trial, after three evaluations; its YAML file."""
     process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 4, process)
+    trials = nodes.trial_processes(psutil.Process(process.pid).children(recursive=True))
     process.kill()
     process.wait()
+    assert not psutil.wait_procs(trials, timeout=30)[1]  # they may write until they see that the driver is gone
     return space
 
 

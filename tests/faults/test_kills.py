@@ -6,7 +6,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from tests import sweeps
+from tests import nodes, sweeps
 
 
 def test_killed_and_run_again(undisturbed, space):
@@ -51,10 +51,6 @@ def processes(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def trial_processes(process):
-    return [child for child in processes(process) if "Trainable" in " ".join(child.cmdline())]
-
-
 def test_orphans_end_by_themselves_and_write_nothing(space):
     """SIGKILL to the driver alone: what it had started is gone within seconds.
 
@@ -62,7 +58,7 @@ def test_orphans_end_by_themselves_and_write_nothing(space):
     """
     process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
-    assert trial_processes(process)
+    assert nodes.trial_processes(processes(process))
     orphans = [child for child in processes(process) if not child.name().endswith("Agent")]
     process.kill()
     process.wait()
@@ -75,7 +71,7 @@ def test_a_killed_trial_goes_on(undisturbed, space):
     _, _, expected = undisturbed
     process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
-    (victim,) = trial_processes(process)
+    (victim,) = nodes.trial_processes(processes(process))
     victim.kill()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output

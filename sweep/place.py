@@ -1,17 +1,19 @@
 """Where a sweep directory is: on a file system that all its machines see, or on an object store.
 
-On an object store (any that pyarrow knows: s3://, gs://, …) every machine works on a copy of its own, and what must
-outlive the machine is pushed there: checkpoints, their manifest last, so that a torn upload is none; the rows of each
-trial; the spec; best/. Objects appear whole or not at all. On a file system there is one copy and nothing to do.
+On an object store (S3) every machine works on a copy of its own, and what must outlive the machine is pushed there:
+checkpoints, their manifest last, so that a torn upload is none; the rows of each trial; the spec; best/. Objects appear
+whole or not at all. On a file system there is one copy and nothing to do.
 """
 
 import hashlib
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from sweep.paths import SweepPaths
 from trainables.checkpoint import MANIFEST
@@ -40,22 +42,42 @@ class Place:
         """The directory, or this machine's copy of it."""
         return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url))
 
-    def push(self, path: Path) -> None:
-        """Send a file, or a directory with all that is in it, the one last that says that it is whole."""
+    def push(self, path: Path, confirm: Callable[[], object] = lambda: None) -> None:
+        """Send a file, or a directory with all that is in it, the one last that says that it is whole.
+
+        `confirm` is called before that one is sent, and may raise.
+        """
         if self.is_remote:
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            for file in files:
+                if file.name in LAST:
+                    self._delete_there(file)  # an earlier directory of that name is whole no more
             for file in sorted(files, key=lambda file: (file.name in LAST, file)):
+                if file.name in LAST:
+                    confirm()
                 system, there = self._there(file)
-                with system.open_output_stream(there) as stream:
-                    stream.write(file.read_bytes())
+                copy_files(str(file), there, source_filesystem=LocalFileSystem(), destination_filesystem=system)
 
-    def pull(self, path: Path) -> None:
-        """Fetch a file as it is now, or a directory that is not here (whose content never changes), if it is there."""
-        if not self.is_remote:
-            return
-        if self.holds(path):
-            self._fetch(path)
-        elif not path.exists():
+    def claim(self, directory: Path, owner: str) -> None:
+        """Empty the copy of a directory that was made for another owner, as a sweep of the same name is."""
+        if self.is_remote:
+            mark = directory / "owner.txt"
+            if directory.exists() and not (mark.exists() and mark.read_text() == owner):
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            mark.write_text(owner)
+
+    def pull_file(self, file: Path) -> None:
+        """Have here what the store has as this file, or none when it has none."""
+        if self.is_remote:
+            if self.holds(file):
+                self._fetch(file)
+            else:
+                file.unlink(missing_ok=True)
+
+    def pull_directory(self, path: Path) -> None:
+        """Fetch a directory that is not here; its content never changes."""
+        if self.is_remote and not path.exists():
             system, there = self._there(path)
             unfinished = path.with_name(f".{path.name}.{os.getpid()}")
             for info in system.get_file_info(FileSelector(there, allow_not_found=True, recursive=True)):
@@ -119,7 +141,11 @@ class Place:
     def delete(self, path: Path) -> None:
         """Delete a file, here and there; it need not exist."""
         path.unlink(missing_ok=True)
-        if self.is_remote and self.holds(path):
+        if self.is_remote:
+            self._delete_there(path)
+
+    def _delete_there(self, path: Path) -> None:
+        if self.holds(path):
             system, there = self._there(path)
             system.delete_file(there)
 
@@ -129,8 +155,7 @@ class Place:
         here = here or file
         here.parent.mkdir(parents=True, exist_ok=True)
         unfinished = here.with_name(f".{here.name}.{os.getpid()}")
-        with system.open_input_stream(there) as stream:
-            unfinished.write_bytes(stream.read())
+        copy_files(there, str(unfinished), source_filesystem=system, destination_filesystem=LocalFileSystem())
         unfinished.rename(here)
 
     def _there(self, path: Path) -> tuple[FileSystem, str]:

@@ -24,8 +24,8 @@ class Drain:
         return self.cause is not None
 
     def request(self, cause: Literal["signal", "hours", "breakdown"], reason: str) -> None:
-        """Raise the flag; a signal overrules other causes, else the first one stays."""
-        if self.cause is None or cause == "signal":
+        """Raise the flag. A signal overrules other causes, a breakdown the end of time; else the first one stays."""
+        if self.cause is None or cause == "signal" or (cause == "breakdown" and self.cause == "hours"):
             self.cause, self.reason = cause, reason
 
 

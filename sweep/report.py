@@ -101,7 +101,10 @@ def export_best(ledger: Ledger, place: Place, model: str, tokenizer: Path | None
     `tokenizer` is the directory of its files; without one, of a toy, only the configuration is written. Returns the
     winner, None when no trial has a checkpoint.
     """
-    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in ledger.entries()]
+    entries = ledger.entries()
+    for entry in entries:
+        place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
+    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
     scored = [(found.loss, entry.number, entry, found) for entry, found in kept if found and found.loss is not None]
     for _, _, winner, found in sorted(scored, key=lambda row: row[:2]):
         try:

@@ -12,11 +12,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
 
 import filelock
@@ -34,7 +34,7 @@ from sweep.paths import SweepPaths
 from sweep.place import Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
 from sweep.repair import starting_halvings
-from sweep.scheduler import LedgerScheduler, Listener, Watch
+from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch
 from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import SpecError, SweepSpec
@@ -62,6 +62,8 @@ QUIET_RAY = {
 
 PULSE_SECONDS = 5.0
 """How often the driver of a sweep on an object store shows that it lives."""
+TAKING_SECONDS = 1.0
+"""Of two drivers that take such a sweep in the same moment, the first sees the second in this time, and gives way."""
 
 
 class Refused(Exception):
@@ -106,8 +108,9 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     winner = None
     farewell = f"Preempted. The same command goes on: {again}"
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
-        place.pull(paths.spec)
+        place.pull_file(paths.spec)
         _same_as_recorded(spec, paths)
+        ledger = _open(spec, paths, inputs) if paths.spec.exists() else None
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
@@ -118,7 +121,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             if spec.model is not None and (bf16 or layers):
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
-            ledger = _open(spec, paths, inputs)
+            if ledger is None:
+                ledger = _open(spec, paths, inputs)
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
@@ -158,9 +162,10 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
                 return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
 
-            _end_runs(
-                ledger, paths, tracked, spec.space.searched, spec.model or "", spec.budget.evaluations, first_rung
-            )
+            if not place.is_remote:  # there, other machines know the rows of their runs
+                _end_runs(
+                    ledger, paths, tracked, spec.space.searched, spec.model or "", spec.budget.evaluations, first_rung
+                )
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
 
             def ask(entries: list[Entry]) -> Proposal:
@@ -183,7 +188,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 put_back=searcher.hand_out_again,
                 drain=drain,
                 listener=listener,
-                directory=paths.root,
+                lease=lease,
                 watch=watch,
             )
             if not drain():
@@ -287,7 +292,11 @@ def _take(lease: Lease, listener: Listener) -> None:
                 raise _in_use(place)
         place.paths.lock_holder.write_text(lease.text)
         place.push(place.paths.lock_holder)
-    except OSError as error:
+        if place.is_remote:
+            time.sleep(TAKING_SECONDS)
+            if not lease.holds():
+                raise _in_use(place)
+    except (OSError, ValueError) as error:  # pyarrow raises both
         raise Refused(f"storage: {place.url} cannot be used: {error}") from error
 
 
@@ -305,7 +314,7 @@ def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
                 place.push(file)
                 if not lease.holds():
                     drain.request("breakdown", f"Another driver has taken over {place.url}")
-            except OSError as error:  # trials meet it, too, and are handed out again
+            except Exception as error:  # noqa: BLE001 - trials meet it, too; without a pulse another driver would come
                 listener.note(f"{place.url} does not answer: {error}")
             if ended.wait(PULSE_SECONDS):
                 return
@@ -317,7 +326,9 @@ def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        place.delete(file)
+        with suppress(OSError):  # the next driver looks for a while
+            if lease.holds():
+                place.delete(file)
 
 
 def _in_use(place: Place) -> Refused:
@@ -375,7 +386,7 @@ def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool,
     try:
         ray.get(check.remote())
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, ValueError | OSError):
             raise Refused(str(error.cause)) from error
         raise
 
@@ -446,9 +457,11 @@ def _without_password(url: str) -> str:
 
 def _environment() -> dict[str, str]:
     """Versions and git commit that a sweep was begun with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = "none"
+    if git := shutil.which("git"):
+        commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return versions | {"git commit": commit.stdout.strip() or "none"}
+    return versions | {"git commit": commit or "none"}
 
 
 def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
@@ -536,4 +549,7 @@ def _tune(
         try:
             tuner.fit()
         except Exception as error:  # noqa: BLE001 - what Tune does not expect of Ray it raises, with trials under way
-            drain.request("breakdown", f"Ray Tune failed ({type(error).__name__}: {error})")
+            why = f"Ray Tune failed ({type(error).__name__}: {error})"
+            if getattr(error, "errno", None) in DISK_FULL:
+                why += f"; free space for temporary files, on the disk of {gettempdir()} and of RAY_TMPDIR (/tmp)"
+            drain.request("breakdown", why)

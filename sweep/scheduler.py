@@ -21,13 +21,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from sweep.preemption import Drain
 from sweep.repair import may_halve
 from sweep.study import ENDED_AS, Entry, Ledger
-from sweep.trainable import Failure
+from sweep.trainable import Failure, Lease
 from trainables.protocol import Slice
 
 BREAKDOWNS = 5
 """So many errors and lost processes without progress between them end the sweep: the machine needs help."""
 ACCIDENTS = 8
-"""So often a trial is handed out again in one run; two deaths for each of three halvings, and two more, are eight."""
+"""So often a trial may break down in one run; two deaths for each of three halvings, and two more, are eight."""
 LOOK_SECONDS = 1.0
 """How often the cluster is asked which of its machines are taken away."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -115,31 +115,30 @@ class LedgerScheduler(FIFOScheduler):
         put_back: Callable[[int], None],
         drain: Drain,
         listener: Listener,
-        directory: Path,
+        lease: Lease,
         watch: Watch,
     ) -> None:
-        """`settle` decides on the newest report of a trial and says whether it is over.
-
-        `directory` is that of the sweep, named when its disk is full.
-        """
+        """`settle` decides on the newest report of a trial and says whether it is over."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._ledger = ledger
         self._settle = settle
         self._put_back = put_back
         self._drain = drain
         self._listener = listener
-        self._directory = directory
+        self._lease = lease
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
         self._nodes: dict[int, str] = {}  # where a trial was last heard of
-        self._leaving: set[int] = set()  # trials that were asked to leave their machine
+        self._leaving: dict[int, str] = {}  # trials whose process was asked to end, and why
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number: int = trial.config["assignment"].number
         self._nodes[number] = result["node"]
         try:
-            decision = self._take(number, result)
+            if result["slice"].evaluation is not None and self._displaced():
+                return TrialScheduler.STOP
+            decision = self._take(number, result, trial.temporary_state.ray_actor)
             entry = self._ledger.entry(number)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._ledger_failed(error)
@@ -151,18 +150,17 @@ class LedgerScheduler(FIFOScheduler):
             self._conclude(entry, trial)
         if decision == TrialScheduler.CONTINUE and self._drain():
             return self._save(trial)
-        if decision == TrialScheduler.CONTINUE and result["node"] in self._watch.draining:
-            # It is handed out again when its process is gone: two must not write into one directory.
-            self._leaving.add(number)
-            trial.temporary_state.ray_actor.save_and_exit.remote()
         return decision
 
-    def _take(self, number: int, result: dict[str, Any]) -> str:
+    def _take(self, number: int, result: dict[str, Any], actor: Any) -> str:
         """Write a result to the ledger and decide."""
         slice_: Slice = result["slice"]
         if result["failure"] is not None:
-            self._failed(number, result["failure"])
-            return TrialScheduler.STOP
+            self._ledger.spend(number, result["cost"])
+            again = self._failed(number, result["failure"])
+            if again is None or self._drain():
+                return TrialScheduler.STOP
+            return self._send_away(number, actor, again, save=False)
         if result["halvings"] > self._ledger.entry(number).halvings:
             self._halve(number, result["halvings"], "ran out of memory")
         if slice_.evaluation is not None and slice_.failure is None:
@@ -174,8 +172,28 @@ class LedgerScheduler(FIFOScheduler):
         if slice_.failure is not None:
             self._ledger.fail(number, slice_.failure)
             return TrialScheduler.STOP
-        over = slice_.evaluation is not None and self._settle(number)
-        return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
+        if slice_.evaluation is not None and self._settle(number):
+            return TrialScheduler.STOP
+        if result["node"] in self._watch.draining and not self._drain():
+            self._ledger.spend(number, result["cost"])
+            return self._send_away(number, actor, "leaves a machine that is taken away", save=True)
+        return TrialScheduler.CONTINUE
+
+    def _send_away(self, number: int, actor: Any, why: str, *, save: bool) -> str:
+        """Have the process of a trial end; when it is gone the trial is handed out again.
+
+        Not before: two processes must not write into one directory.
+        """
+        self._leaving[number] = why
+        actor.exit.remote(save)
+        return TrialScheduler.CONTINUE
+
+    def _displaced(self) -> bool:
+        """Whether another driver has the sweep, as after a long pause of this machine: then nothing is written."""
+        if self._lease.holds():
+            return False
+        self._drain.request("breakdown", f"Another driver has taken over {self._lease.place.url}")
+        return True
 
     def _save(self, trial: Any) -> str:
         """Have the process write a last checkpoint, for which `Watch` waits, and let go of it."""
@@ -186,20 +204,17 @@ class LedgerScheduler(FIFOScheduler):
         """The process of a trial is lost: no fault of the configuration, it is handed out again."""
         number: int = trial.config["assignment"].number
         try:
+            if self._displaced():
+                return
             cause = _cause(trial)
             if number in self._leaving:
-                self._leaving.discard(number)
-                self._put_back(number)
-                self._tell(
-                    self._listener.note, f"trial {number:3d} left a machine that is taken away; it goes on elsewhere"
-                )
+                self._hand_out_again(number, self._leaving.pop(number))
             elif number in self._watch.silenced:
-                self._watch.silenced.discard(number)
                 self._fell_silent(number)
             elif isinstance(cause, RayActorError):
                 self._lost(number, cause)
-            else:
-                self._failed(number, Failure.of(cause))
+            elif (again := self._failed(number, Failure.of(cause))) is not None:
+                self._hand_out_again(number, again)
             entry = self._ledger.entry(number)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._ledger_failed(error)
@@ -236,7 +251,7 @@ class LedgerScheduler(FIFOScheduler):
             else:
                 rows = entry.config.micro_batch(entry.halvings)
                 self._ledger.fail(number, f"its process died {here} times, the last time with a micro-batch of {rows}")
-        self._broke_down(reason)
+        self._broke_down(number, reason)
 
     def _fell_silent(self, number: int) -> None:
         reason = f"nothing was heard of it for {self._watch.trial_timeout:g} s"
@@ -244,19 +259,21 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.fail(number, f"{reason}, twice")
         else:
             self._hand_out_again(number, f"was killed: {reason}")
-        self._broke_down(reason)
+        self._broke_down(number, reason)
 
-    def _failed(self, number: int, failure: Failure) -> None:
-        """An exception. A full disk ends the sweep, what else the machine is to blame for is tried again."""
+    def _failed(self, number: int, failure: Failure) -> str | None:
+        """An exception: says why the trial is to be handed out again, None when it is not.
+
+        A full disk ends the sweep, what else the machine is to blame for is tried again.
+        """
         if failure.errno in DISK_FULL:
-            why = f"{os.strerror(failure.errno)}: {_where_space_went(self._directory)}"
+            why = f"{os.strerror(failure.errno)}: {_where_space_went(self._lease.place.paths.root)}"
             self._drain.request("breakdown", why)
-        elif failure.environment:
-            self._hand_out_again(number, f"broke down ({failure.reason})")
-            self._broke_down(failure.reason)
-        else:
+            return None
+        if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
-            self._broke_down(failure.reason)
+        self._broke_down(number, failure.reason)
+        return f"broke down ({failure.reason})" if failure.environment else None
 
     def _halve(self, number: int, halvings: int, why: str) -> None:
         self._ledger.halve(number, halvings)
@@ -265,15 +282,18 @@ class LedgerScheduler(FIFOScheduler):
 
     def _hand_out_again(self, number: int, why: str) -> None:
         self._tell(self._listener.note, f"trial {number:3d} {why}; it goes on from its last checkpoint")
+        self._watch.silenced.discard(number)
+        self._nodes.pop(number, None)
         self._put_back(number)
-        self._accidents[number] += 1
-        if self._accidents[number] > ACCIDENTS:
-            self._drain.request("breakdown", f"trial {number} {why}: the {self._accidents[number]}th time")
 
-    def _broke_down(self, reason: str) -> None:
+    def _broke_down(self, number: int, reason: str) -> None:
         self._breakdowns += 1
+        self._accidents[number] += 1
         if self._breakdowns >= BREAKDOWNS:
             self._drain.request("breakdown", f"{BREAKDOWNS} trials in a row broke down, the last with {reason}")
+        if self._accidents[number] > ACCIDENTS:
+            times = self._accidents[number]
+            self._drain.request("breakdown", f"trial {number} broke down for the {times}th time, with {reason}")
 
     def _tell(self, listen: Callable[..., None], *what: Any) -> None:
         """Call the listener. What goes wrong there is said, and ends nothing."""

@@ -58,6 +58,8 @@ def _url(text: str) -> str:
 def _store(text: str) -> str:
     if "://" in text and not text.startswith(STORES):
         raise ValueError(f"should be a directory, or begin with {listed(STORES)}")
+    if "://" in text and re.search("[@?#]", text):
+        raise ValueError("should be s3://BUCKET/PREFIX alone; keys and endpoint come from AWS_* in the environment")
     return text
 
 

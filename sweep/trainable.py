@@ -6,6 +6,7 @@ One process serves many trials, one after another; what they share (imports, the
 import importlib
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import format_exception
@@ -97,7 +98,6 @@ class SlicedTrial(tune.Trainable):
         self._cost = self._assignment.cost
         self._saved = time.monotonic()
         self._saved_as = (0, 0)
-        self._newest: Path | None = None
         self._place = self._assignment.lease.place
         self._directory = self._place.paths.trial(self._assignment.number)
         self._checked = time.monotonic()
@@ -110,7 +110,8 @@ class SlicedTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         if not self._place.is_remote or time.monotonic() - self._checked > ASK_SECONDS:
             self._checked = time.monotonic()
-            self._assert_lease()
+            with suppress(OSError):  # the store does not answer: it is asked again before anything is written
+                self._assert_lease()
         try:
             return self._told(self._advance())
         except OutOfMemory as error:
@@ -183,10 +184,11 @@ class SlicedTrial(tune.Trainable):
             reason = f"no last checkpoint: {error}"
         self._leave("preempted", reason)
 
-    def save_and_exit(self) -> None:
-        """Its machine is taken away: as `save_and_leave`, and end the process, so that the trial goes on elsewhere."""
-        self.save_and_leave()
-        tracking.close(WAIT_SECONDS)
+    def exit(self, save: bool) -> None:
+        """End the process and with it this attempt, so that the trial goes on in another one, maybe elsewhere."""
+        if save:
+            self.save_and_leave()
+        self.cleanup()
         ray.actor.exit_actor()
 
     def conclude(self, state: tracking.State, reason: str | None) -> None:
@@ -201,6 +203,8 @@ class SlicedTrial(tune.Trainable):
         mine = self._assignment
         module = importlib.import_module(f"trainables.{mine.trainable}")
         try:
+            self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
+            self._place.claim(self._directory, mine.run_id)
             self._place.pull_log(self._directory / tracking.ROWS)
             self._place.pull_checkpoints(self._directory)
             found = checkpoint.newest(self._directory, self._notes.append)
@@ -210,7 +214,6 @@ class SlicedTrial(tune.Trainable):
         self._banner = trial.banner
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))
-        self._newest = found.path if found else None
         return trial
 
     def _job(self) -> Job:
@@ -219,7 +222,7 @@ class SlicedTrial(tune.Trainable):
         if not job.tokens:
             return job
         tokens = self._place.paths.tokens / Path(job.tokens).name
-        self._place.pull(tokens)
+        self._place.pull_directory(tokens)
         return replace(job, tokens=str(tokens))
 
     def _record(self) -> tracking.Run:
@@ -231,17 +234,17 @@ class SlicedTrial(tune.Trainable):
 
     def _save(self) -> None:
         """Write a checkpoint; of the older ones stay that of the best evaluation and, should this one get damaged, the
-        newest."""
+        one before it."""
         assert self._trial is not None
         state = (self._trial.step, len(self._trial.evaluations))
         if state != self._saved_as:
             written = checkpoint.write(self._directory, self._trial.step, self._trial.evaluations, self._write)
             lowest = checkpoint.best(self._directory)
-            kept = (written.path, self._newest, lowest.path if lowest else None)
+            kept = (written.path, checkpoint.before(written), lowest.path if lowest else None)
+            self._assert_lease()
             checkpoint.prune(self._directory, {path for path in kept if path is not None})
-            self._newest = written.path
             self._place.push(self._directory / tracking.ROWS)
-            self._place.push(written.path)
+            self._place.push(written.path, confirm=self._assert_lease)
             self._place.prune(self._directory)
         self._saved_as, self._saved = state, time.monotonic()
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -46,7 +46,8 @@ def kill(node: psutil.Popen) -> None:
     """SIGKILL for all that runs on a node, as when the machine is gone."""
     if node.poll() is None:
         for process in [*node.children(recursive=True), node]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # with its parent
+                process.kill()
         node.wait()
 
 

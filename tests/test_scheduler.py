@@ -1,6 +1,5 @@
 """What the scheduler does when what it calls fails, which no real sweep can be made to do."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,7 @@ def scheduler(ledger, drain, put_back=None):
         put_back=put_back or (lambda number: None),
         drain=drain,
         listener=Broken(),
-        directory=Path(),
+        lease=SimpleNamespace(holds=lambda: True),
         watch=Watch(drain, 9.0),
     )
 
@@ -52,7 +51,7 @@ def result(**changes):
 
 def ray_trial(number):
     saved = SimpleNamespace(remote=lambda: "reference")
-    actor = SimpleNamespace(save_and_leave=saved)
+    actor = SimpleNamespace(save_and_leave=saved, exit=SimpleNamespace(remote=lambda save: None))
     return SimpleNamespace(
         config={"assignment": SimpleNamespace(number=number)}, temporary_state=SimpleNamespace(ray_actor=actor)
     )
@@ -80,19 +79,24 @@ def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_the_trial_is_saved(m
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")
-def test_five_refusals_in_a_row_end_the_sweep_and_progress_counts_anew():
+def test_five_refusals_in_a_row_end_the_sweep_and_progress_counts_anew(monkeypatch):
+    monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError())
     ledger, drain, back = memory_ledger(), Drain(), []
     number = add_trial(ledger)
     ours = scheduler(ledger, drain, back.append)
     refusal = Failure.of(PermissionError(13, "Permission denied", "x"))
     refused = result(slice=Slice((), None, None, False, 0), failure=refusal)
-    for round_ in (3, 5):
+    for round_ in (3, 4):
         for _ in range(round_):
-            assert not drain()
-            assert ours.on_trial_result(None, ray_trial(number), refused) == TrialScheduler.STOP
+            assert ours.on_trial_result(None, ray_trial(number), refused) == TrialScheduler.CONTINUE
+            handed_out = len(back)
+            ours.on_trial_error(None, ray_trial(number))  # its process has ended
+            assert len(back) == handed_out + 1  # and not before that
         if round_ == 3:
             ours.on_trial_result(None, ray_trial(number), result())
-    assert back == [number] * 8
+    assert not drain()
+    assert ours.on_trial_result(None, ray_trial(number), refused) == TrialScheduler.STOP
+    assert back == [number] * 7
     assert drain.reason.startswith("5 trials in a row broke down, the last with PermissionError")
 
 
@@ -119,5 +123,36 @@ def test_a_trial_is_not_handed_out_again_without_end():
         assert not drain()
         ours.on_trial_result(None, ray_trial(number), result(slice=Slice((), None, None, False, 0), failure=refusal))
         ours.on_trial_result(None, ray_trial(other), result())
-    assert drain.reason.endswith("the 9th time")
+    assert drain.reason.startswith("trial 0 broke down for the 9th time, with ConnectionError: no route")
     assert ledger.entry(number).state is TrialState.RUNNING
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_a_displaced_driver_writes_nothing(monkeypatch):
+    """Another one has the sweep, as after a long pause of this machine."""
+    monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError())
+    for told in (lambda ours, n: ours.on_trial_result(None, ray_trial(n), result()), None):
+        ledger, drain, back = memory_ledger(), Drain(), []
+        number = add_trial(ledger)
+        ours = scheduler(ledger, drain, back.append)
+        ours._lease = SimpleNamespace(holds=lambda: False, place=SimpleNamespace(url="s3://sweeps/toy"))
+        told(ours, number) if told else ours.on_trial_error(None, ray_trial(number))
+        entry = ledger.entry(number)
+        assert (dict(entry.losses), entry.deaths, back) == ({}, (), [])
+        assert drain.reason == "Another driver has taken over s3://sweeps/toy"
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
+    """A drained node whose process hangs: the watch kills it, and keeps watching the next attempt."""
+    monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError())
+    ledger, back = memory_ledger(), []
+    number = add_trial(ledger)
+    ours = scheduler(ledger, Drain(), back.append)
+    ours._watch.draining = {"n"}
+    assert ours.on_trial_result(None, ray_trial(number), result()) == TrialScheduler.CONTINUE
+    ours._watch.silenced.add(number)
+    ours.on_trial_error(None, ray_trial(number))
+    assert back == [number]
+    assert ours._watch.silenced == set()
+    assert ledger.entry(number).silences == 0

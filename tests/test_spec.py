@@ -187,6 +187,7 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
         2,
         ['storage: received "ftp://bucket/x"', "should be a directory, or begin with s3://"],
     ),
+    ("a key in the URL", "name: demo", "name: demo\nstorage: s3://me:key@bucket", 2, ["alone; keys and endpoint"]),
     ("no ledger on S3", "name: demo", "name: demo\nstorage: s3://bucket/x", 1, ["ledger: is missing", "postgresql://"]),
     ("ledger", "name: demo", "name: demo\nledger: a.db", 2, ['ledger: received "a.db"', "sqlite:///"]),
     ("name with ..", "name: demo", "name: ../demo", 1, ['name: received "../demo"', "a file name", "letters"]),

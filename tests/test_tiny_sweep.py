@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,22 @@ def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_pa
         space.write_text(good)
         mended = sweeps.run(space, "--set", "search.trials=1", "--set", "budget.steps=4")
         assert mended.returncode == 0, mended.stdout + mended.stderr
+
+
+def test_changed_files_are_named_and_refused(inputs, tmp_path):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    space = write(tmp_path, tmp_path / "inputs")
+    short = ("--set", "search.trials=1", "--set", "budget.steps=4")
+    done = sweeps.run(space, *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, weights = tmp_path / "inputs/train.jsonl", tmp_path / "inputs/llama/model.safetensors"
+    for file, key in ((rows, "data.train"), (weights, "model")):
+        before = file.read_bytes()
+        file.write_bytes(before.replace(b' ="', b' =="', 1) if file == rows else before[:-4] + b"\0\0\1\1")
+        assert file.read_bytes() != before
+        refused = sweeps.run(space, *short)
+        assert refused.returncode == 2, refused.stdout + refused.stderr
+        assert f"{key}: the content is not that which " in refused.stderr
+        file.write_bytes(before)
+    again = sweeps.run(space, *short)
+    assert again.returncode == 0, again.stdout + again.stderr

@@ -94,6 +94,12 @@ def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Ch
     return None
 
 
+def before(found: Checkpoint) -> Path | None:
+    """The checkpoint beside this one with the most steps below its own, whatever its state; None when there is none."""
+    earlier = [path for path in _all(found.path.parent) if path.name < found.path.name]
+    return max(earlier, default=None)
+
+
 def best(trial_dir: Path) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss of its own, or None. Reads manifests only: `read` verifies."""
     scored: list[tuple[float, int, Checkpoint]] = []

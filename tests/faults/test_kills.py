@@ -1,6 +1,9 @@
 """Killed, silent, out of memory, refused by the disk: nothing is lost, and nothing is blamed on a configuration."""
 
+import os
 import subprocess
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -130,37 +133,64 @@ def test_a_process_that_dies_twice_gets_a_smaller_micro_batch(space):
     assert "trial   0 lost its process 2 times at the same place: it goes on with a micro-batch of 4" in broken.stdout
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+@contextmanager
+def small_disk(directory, size):
+    """A file system of so many MB."""
+    directory.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(directory)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+        directory.rmdir()
 
 
-def test_a_full_disk_ends_the_sweep_and_says_what_to_free(undisturbed, small_disk):
+def fill(disk):
+    """Leave no byte free; returns the file that takes the room."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as stream, suppress(OSError):
+        for size in (2**16, 512):
+            with suppress(OSError):
+                while True:
+                    stream.write(bytes(size))
+    return filler
+
+
+def test_a_full_disk_ends_the_sweep_and_says_what_to_free(undisturbed, tmp_path):
+    """Where the sweep directory is, with ledger, checkpoints and W&B's files."""
     _, _, expected = undisturbed
-    space = small_disk / "toy.yaml"
-    space.write_text(sweeps.TOY)
-    process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
-    sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(bytes(512))
-        except OSError:
-            pass
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
-    assert "No space left on device" in output
-    assert f"free space on the disk of {small_disk}/sweeps/toy (it holds trials" in output
-    assert "Traceback" not in output
-    filler.unlink()
+    with small_disk(tmp_path / "disk", size=4) as disk:
+        space = disk / "toy.yaml"
+        space.write_text(sweeps.TOY)
+        process = sweeps.start(space, "--set", "tracking.mode=offline", TOY_STEP_SECONDS="0.05")
+        sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
+        filler = fill(disk)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, output
+        assert "No space left on device" in output
+        assert f"free space on the disk of {disk}/sweeps/toy (it holds trials" in output
+        assert "Traceback" not in output
+        filler.unlink()
+        done = sweeps.run(space)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
+
+
+def test_a_full_disk_for_temporary_files(undisturbed, space):
+    _, _, expected = undisturbed
+    with small_disk(Path(f"/tmp/q{os.getpid()}"), size=60) as disk:  # a name that is short enough for Ray's sockets
+        elsewhere = {"TMPDIR": str(disk), "RAY_TMPDIR": str(disk)}
+        process = sweeps.start(space, TOY_STEP_SECONDS="0.3", **elsewhere)
+        sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
+        fill(disk)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, output
+        assert f"free space for temporary files, on the disk of {disk}" in output
+        assert "Traceback" not in output
     done = sweeps.run(space)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)

@@ -11,9 +11,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 
+from sweep.place import Place
 from sweep.study import Entry, Ledger
 from tests import nodes, sweeps
 from tests.faults.test_nodes import FOUR_TRIALS
+from trainables import checkpoint
 
 PASSWORD, KEY = "plantedpassword", "plantedsecretkey"
 
@@ -129,3 +131,56 @@ def test_a_bucket_that_is_not_there(store, database, space, tmp_path):
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "storage: s3://elsewhere/mine/toy cannot be used" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.fixture
+def place(store, tmp_path, monkeypatch):
+    """A sweep directory in the bucket, of this test alone, with one checkpoint here."""
+    for name, value in {**store[1], "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    found = Place(f"s3://sweeps/{tmp_path.name}")
+    checkpoint.write(found.paths.trial(0), 10, (), lambda directory: (directory / "x").write_bytes(bytes(5)))
+    return found
+
+
+def test_a_torn_upload_is_no_checkpoint(place, tmp_path, monkeypatch):
+    """Also where a whole one of the same step stood before."""
+    trial = place.paths.trial(0)
+    (written,) = trial.glob("step-*")
+    place.push(written)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        place.push(written, confirm=killed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    place.pull_checkpoints(place.paths.trial(0))
+    assert checkpoint.newest(place.paths.trial(0)) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place.push(written)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    place.pull_checkpoints(place.paths.trial(0))
+    assert checkpoint.newest(place.paths.trial(0)).step == 10
+
+
+def test_a_copy_of_an_earlier_sweep_of_the_same_name_is_not_used(place):
+    trial = place.paths.trial(0)
+    place.claim(trial, "new-000")
+    assert checkpoint.newest(trial) is None
+    checkpoint.write(trial, 20, (), lambda directory: None)
+    place.claim(trial, "new-000")
+    assert checkpoint.newest(trial).step == 20
+
+
+def test_what_a_machine_could_not_send_is_kept(place):
+    """Rows of a trial only grow: the copy stays when it goes on from what was sent, and gives way when it does not."""
+    rows = place.paths.trial(0) / "rows.jsonl"
+    rows.write_text("1\n")
+    place.push(rows)
+    rows.write_text("1\n2\n")
+    place.pull_log(rows)
+    assert rows.read_text() == "1\n2\n"
+    rows.write_text("0\n2\n")
+    place.pull_log(rows)
+    assert rows.read_text() == "1\n"

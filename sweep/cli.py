@@ -73,6 +73,10 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
             outcome = runner.run(spec, address=address, listener=progress, again=again)
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
+    except OSError as error:
+        console.print(f"{error}. What was written is intact.", highlight=False, soft_wrap=True)
+        console.print(f"The same command goes on: {again}", highlight=False, soft_wrap=True)
+        return EXIT_FAILED
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
         console.print(f"Preempted by {outcome.reason}: {done}.", highlight=False)

@@ -50,6 +50,11 @@ class SweepPaths:
         """The best adapter, ready to be loaded with PEFT."""
         return self.root / "best"
 
+    @property
+    def trials(self) -> Path:
+        """A directory for each trial."""
+        return self.root / "trials"
+
     def trial(self, number: int) -> Path:
-        """Checkpoints of one trial."""
-        return self.root / "trials" / f"{number:03d}"
+        """Checkpoints and rows of one trial."""
+        return self.trials / f"{number:03d}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from sweep.paths import SweepPaths
@@ -58,14 +59,17 @@ class Place:
                 system, there = self._there(file)
                 copy_files(str(file), there, source_filesystem=LocalFileSystem(), destination_filesystem=system)
 
-    def claim(self, directory: Path, owner: str) -> None:
-        """Empty the copy of a directory that was made for another owner, as a sweep of the same name is."""
+    def claim(self, sweep_id: str) -> None:
+        """Forget what this machine has of the trials of an earlier sweep that was called the same."""
         if self.is_remote:
-            mark = directory / "owner.txt"
-            if directory.exists() and not (mark.exists() and mark.read_text() == owner):
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            mark.write_text(owner)
+            trials = self.paths.trials
+            owner = trials / "owner.txt"
+            self.paths.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.paths.root / "claim.lock"):
+                if not (owner.exists() and owner.read_text() == sweep_id):
+                    shutil.rmtree(trials, ignore_errors=True)
+                    trials.mkdir()
+                    owner.write_text(sweep_id)
 
     def pull_file(self, file: Path) -> None:
         """Have here what the store has as this file, or none when it has none."""

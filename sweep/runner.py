@@ -50,6 +50,8 @@ QUIET_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asks for no GPU sees none
+    "RAY_enable_worker_prestart": "0",  # trials run in processes of another kind: these would idle
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # Tune ends the whole run on the error that its kills raise
     "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune hands a preempted trial out again, beside us
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -123,6 +125,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
             if ledger is None:
                 ledger = _open(spec, paths, inputs)
+            place.claim(ledger.noted("sweep_id"))
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
@@ -148,7 +151,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     cost=entry.cost,
                     first_rung=first_rung,
                     tracking=tracked,
-                    run_id=_run_id(ledger, entry),
+                    sweep_id=ledger.noted("sweep_id"),
                     searched=spec.space.searched,
                     checkpoint_minutes=spec.checkpoint.every,
                 )
@@ -477,10 +480,6 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
 
 
-def _run_id(ledger: Ledger, entry: Entry) -> str:
-    return f"{ledger.noted('sweep_id')}-{entry.number:03d}"
-
-
 def _end_runs(
     ledger: Ledger,
     paths: SweepPaths,
@@ -506,7 +505,8 @@ def _end_runs(
         }
         name = tracking.run_name(entry.number, entry.config, searched)
         config = tracking.run_config(entry.number, entry.config, model, tracked.group)
-        run = tracking.start(tracked, _run_id(ledger, entry), name, config, directory)
+        run_id = tracking.run_id(ledger.noted("sweep_id"), entry.number)
+        run = tracking.start(tracked, run_id, name, config, directory)
         tracking.finish(run, ENDED_AS[entry.state], facts)
 
 

@@ -104,6 +104,11 @@ def resolve(
     return Tracking(project, entity, group, settled, str(directory.absolute()))
 
 
+def run_id(sweep_id: str, number: int) -> str:
+    """The id of a trial's run, unique in a project that many sweeps share."""
+    return f"{sweep_id}-{number:03d}"
+
+
 def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
     """Number of the trial and the hyperparameters that differ between trials: `007 r16 a32 lr2.0e-04 nf4 bf16`."""
     return f"{number:03d} {described(config, searched)}".rstrip()

@@ -78,7 +78,7 @@ class Assignment:
     first_rung: int
     """Evaluation after which a trial may be stopped for the first time."""
     tracking: tracking.Tracking
-    run_id: str
+    sweep_id: str
     searched: tuple[str, ...]
     """Hyperparameters that differ between trials."""
     checkpoint_minutes: float
@@ -204,7 +204,7 @@ class SlicedTrial(tune.Trainable):
         module = importlib.import_module(f"trainables.{mine.trainable}")
         try:
             self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
-            self._place.claim(self._directory, mine.run_id)
+            self._place.claim(mine.sweep_id)
             self._place.pull_log(self._directory / tracking.ROWS)
             self._place.pull_checkpoints(self._directory)
             found = checkpoint.newest(self._directory, self._notes.append)
@@ -230,7 +230,8 @@ class SlicedTrial(tune.Trainable):
         name = tracking.run_name(mine.number, mine.config, mine.searched)
         config = tracking.run_config(mine.number, mine.config, mine.job.model, mine.tracking.group)
         here = replace(mine.tracking, directory=str(self._place.paths.tracking))
-        return tracking.start(here, mine.run_id, name, config, self._directory)
+        run_id = tracking.run_id(mine.sweep_id, mine.number)
+        return tracking.start(here, run_id, name, config, self._directory)
 
     def _save(self) -> None:
         """Write a checkpoint; of the older ones stay that of the best evaluation and, should this one get damaged, the

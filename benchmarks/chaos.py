@@ -27,7 +27,7 @@ from sweep.study import Entry, ranking
 from tests import nodes, sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
 
-STEPS, EVALUATIONS = 160, 8
+STEPS, EVALUATIONS = 240, 12
 SPEC = f"""
 name: chaos
 model: llama

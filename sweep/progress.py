@@ -66,10 +66,12 @@ class Progress:
     def resumed(self, entries: Sequence[Entry]) -> None:
         self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
         goes_on = "The sweep goes on" if self._ended_before < self.trials else "Nothing is left to do"
-        self.note(f"{goes_on}: {self._ended_before} of {self.trials} trials are done.")
+        self.note(f"{goes_on}: {self._ended_before} trials are done, {self.trials} are asked for.")
 
     def started(self, entry: Entry) -> None:
-        again = f" (goes on after evaluation {entry.reported})" if entry.reported > 0 else ""
+        again = " (goes on)" if entry.cost.steps else ""
+        if entry.reported > 0:
+            again = f" (goes on after evaluation {entry.reported})"
         self._rows[entry.number] = _Row(entry)
         self._say(f"trial {entry.number:3d} started{again}: {described(entry.config, self.searched)}")
 

@@ -145,9 +145,7 @@ def model_card(ledger: Ledger, winner: Entry, model: str, step: int) -> ModelCar
     config = winner.config
     settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
     versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
-    autocast = "\nUse it under `torch.autocast(device, torch.bfloat16)`, as it was trained and scored.\n"
-    if config.compute_dtype == "fp32":
-        autocast = ""
+    bf16 = config.compute_dtype == "bf16"
     return ModelCard(
         f"""---
 {card.to_yaml()}
@@ -169,18 +167,25 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-dtype = torch.{"bfloat16" if config.compute_dtype == "bf16" else "float32"}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.{"bfloat16" if bf16 else "float32"}
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="{config.quant_type}",
     bnb_4bit_compute_dtype=dtype,
     bnb_4bit_use_double_quant={config.double_quant},
 )
-base = AutoModelForCausalLM.from_pretrained("{model}", quantization_config=quantization, dtype=dtype)
+base = AutoModelForCausalLM.from_pretrained(
+    "{model}", quantization_config=quantization, dtype=dtype, device_map={{"": device}}
+)
 model = PeftModel.from_pretrained(base, "best").eval()  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained("best")
+
+prompt = tokenizer("…", return_tensors="pt").to(device)
+with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled={bf16}):  # as it was trained and scored
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
 ```
-{autocast}
+
 | hyperparameter | value |
 |---|---|
 {settings}

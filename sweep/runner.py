@@ -108,6 +108,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     tracked = _tracking(spec, paths)
     drain = Drain()
     winner = None
+    emptied: set[int] = set()
     farewell = f"Preempted. The same command goes on: {again}"
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         place.pull_file(paths.spec)
@@ -157,7 +158,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 )
 
             def started(entry: Entry) -> None:
-                tidy(ledger, place, spec.checkpoint.keep)
+                tidy(ledger, place, spec.checkpoint.keep, emptied)
                 listener.started(entry)
 
             def settled(number: int) -> bool:
@@ -170,6 +171,10 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     ledger, paths, tracked, spec.space.searched, spec.model or "", spec.budget.evaluations, first_rung
                 )
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
+            if not first:
+                listener.note(
+                    "The documented defaults are not in the space, so none of the trials is the usual default"
+                )
 
             def ask(entries: list[Entry]) -> Proposal:
                 return propose(entries, spec.space, spec.search.sampler, spec.search.seed, first)
@@ -200,7 +205,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         for note in tracking.notes():
             listener.note(note)
         if drain.cause not in ("signal", "breakdown"):
-            tidy(ledger, place, spec.checkpoint.keep)
+            tidy(ledger, place, spec.checkpoint.keep, emptied)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
             winner = report.export_best(ledger, place, spec.model or spec.trainable, tokenizer)
     seconds = time.monotonic() - began
@@ -216,15 +221,20 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     )
 
 
-def tidy(ledger: Ledger, place: Place, keep: int) -> None:
-    """Of the trials that have ended, keep the best checkpoint of the best `keep`, and nothing of the others."""
+def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
+    """Of the trials that have ended, keep the best checkpoint of the best `keep`, and nothing of the others.
+
+    `emptied` are those of which nothing is left, to be passed to the next call: they are not looked at again.
+    """
     ended = [entry for entry in ledger.entries() if entry.state is not TrialState.RUNNING]
     contenders = {entry.number for entry in ranking(ended)[:keep]}
-    for entry in ended:
-        directory = place.paths.trial(entry.number)
-        if entry.number in contenders:
+    for number in [entry.number for entry in ended if entry.number not in emptied]:
+        directory = place.paths.trial(number)
+        if number in contenders:
             place.pull_checkpoints(directory, manifests_alone=True)
-        kept = checkpoint.best(directory) if entry.number in contenders else None
+        else:
+            emptied.add(number)
+        kept = checkpoint.best(directory) if number in contenders else None
         checkpoint.prune(directory, {kept.path} if kept else set())
         place.prune(directory)
 
@@ -348,6 +358,7 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
+    _check_address(address)
     try:
         with shielded_from_signals():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -370,6 +381,19 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     finally:
         if address != "local":
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise Refused(
+                f"--address {address}: nothing answers there ({error}); start a cluster with `ray start --head"
+                f" --port={port}`, or leave it out"
+            ) from error
 
 
 def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool, cpus: float, gpus: float) -> None:

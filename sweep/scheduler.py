@@ -6,6 +6,7 @@ ledger true: what was reported but not decided is decided when the trial is adop
 
 import errno
 import os
+import socket
 import time
 import warnings
 from collections import Counter
@@ -30,6 +31,8 @@ ACCIDENTS = 8
 """So often a trial may break down in one run; two deaths for each of three halvings, and two more, are eight."""
 LOOK_SECONDS = 1.0
 """How often the cluster is asked which of its machines are taken away."""
+REACH_SECONDS = 1.0
+"""How soon a machine answers that lives."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -238,7 +241,7 @@ class LedgerScheduler(FIFOScheduler):
     def _lost(self, number: int, cause: RayActorError) -> None:
         """A process died. Twice at the same place, for no reason that is known, is taken for the machine's memory."""
         reason = f"{type(cause).__name__}: {cause}".strip()
-        if cause.preempted or self._nodes.get(number) in _dead_nodes():
+        if cause.preempted or _is_gone(self._nodes.get(number)):
             self._hand_out_again(number, f"lost its machine ({reason})")
         else:
             entry = self._ledger.died(number)
@@ -310,8 +313,17 @@ class LedgerScheduler(FIFOScheduler):
         return {}
 
 
-def _dead_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+def _is_gone(node_id: str | None) -> bool:
+    """Whether a node of the cluster is dead, or does not answer, which Ray takes up to half a minute to see."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            if not node["Alive"]:
+                return True
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACH_SECONDS).close()
+            except OSError:
+                return True
+    return False
 
 
 def _where_space_went(directory: Path) -> str:

@@ -5,6 +5,7 @@ One process serves many trials, one after another; what they share (imports, the
 
 import importlib
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ class SlicedTrial(tune.Trainable):
         self._place = self._assignment.lease.place
         self._directory = self._place.paths.trial(self._assignment.number)
         self._checked = time.monotonic()
+        self._attempt: str | None = None
+        self._attempt_file = self._directory / "attempt.txt"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave("preempted", None)  # nothing to do for a trial that was concluded or paused
@@ -121,8 +124,13 @@ class SlicedTrial(tune.Trainable):
         return self._told(self._make_room(reason))
 
     def _assert_lease(self) -> None:
-        if not self._assignment.lease.holds():
-            os._exit(1)  # this process has outlived its driver
+        """End this process when it has outlived its driver, or when the trial has been given to another one.
+
+        The driver gives it away when it cannot reach this process, which may live on behind a broken network.
+        """
+        replaced = self._attempt is not None and self._place.text(self._attempt_file) != self._attempt
+        if replaced or not self._assignment.lease.holds():
+            os._exit(1)
 
     def _told(self, slice_: Slice) -> dict[str, Any]:
         """What the driver gets to know of a slice."""
@@ -205,6 +213,7 @@ class SlicedTrial(tune.Trainable):
         try:
             self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
             self._place.claim(mine.sweep_id)
+            self._begin_attempt()
             self._place.pull_log(self._directory / tracking.ROWS)
             self._place.pull_checkpoints(self._directory)
             found = checkpoint.newest(self._directory, self._notes.append)
@@ -215,6 +224,13 @@ class SlicedTrial(tune.Trainable):
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))
         return trial
+
+    def _begin_attempt(self) -> None:
+        """From here on no earlier process of this trial writes into its directory."""
+        self._attempt = secrets.token_hex(8)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._attempt_file.write_text(self._attempt)
+        self._place.push(self._attempt_file)
 
     def _job(self) -> Job:
         """The job with its tokens on this machine."""

@@ -49,7 +49,7 @@ def test_running_again_changes_nothing_and_more_trials_extend(undisturbed):
     space, _, entries = undisturbed
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "Nothing is left to do: 8 of 8 trials are done." in again.stdout
+    assert "Nothing is left to do: 8 trials are done, 8 are asked for." in again.stdout
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(entries)
     more = sweeps.run(space, "--set", "search.trials=9")
     assert more.returncode == 0, more.stdout + more.stderr
@@ -161,6 +161,13 @@ def test_a_gpu_asked_for_and_none_present(space):
     assert refused.returncode == 2
     assert "resources.gpus: a trial asks for 1, this machine has 0" in refused.stderr
     assert "resources.cpus: a trial asks for 500, this machine has" in refused.stderr
+    assert not (space.parent / "sweeps/toy").exists()
+
+
+def test_an_address_where_nothing_listens(space):
+    refused = sweeps.run(space, "--address", "127.0.0.1:9")
+    assert refused.returncode == 2
+    assert "--address 127.0.0.1:9: nothing answers there" in refused.stderr
     assert not (space.parent / "sweeps/toy").exists()
 
 

@@ -108,6 +108,10 @@ def test_best_loads_with_plain_peft_and_gives_the_recorded_loss(undisturbed):
     assert "library_name: peft" in card
     assert f"| learning_rate | {facts['config']['learning_rate']} |" in card
     assert not list(best.glob("training_state*"))
+    code = card.split("```python\n")[1].split("```")[0]
+    said = subprocess.run([sys.executable, "-c", code], cwd=best.parent, env=sweeps.environment(), capture_output=True)
+    assert said.returncode == 0, said.stderr.decode()
+    assert said.stdout.startswith("…".encode())
 
 
 def fragments(space: Path, number: int) -> list[Path]:

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from optuna.trial import TrialState
 
 from sweep import tracking
 from sweep.study import Entry, ranking
@@ -152,6 +153,7 @@ def compare(calm: Path, wild: Path, kills: int) -> dict[str, object]:
     order = [[entry.number for entry in ranking(entries)] for entries in (expected, found)]
     return {
         "trials lost": 12 - sum(entry.state.is_finished() for entry in found),
+        "trials failed": sum(entry.state is TrialState.FAIL for entry in found),
         "trials repeated": sum(steps >= entry.cost.steps for entry in found for steps in repeats(wild, entry)),
         "steps repeated": f"{max(repeated, default=0)} at most, {sum(repeated) / max(kills, 1):.1f} a kill"
         f" (a checkpoint is written every {STEPS // EVALUATIONS})",
@@ -180,8 +182,8 @@ def in_wandb(space: Path, entries: list[Entry]) -> tuple[int, int]:
     """Optimiser steps that W&B's files of all attempts have twice, and those that they lack."""
     doubled = missing = 0
     for entry in entries:
-        (run_id,) = run_ids(space, entry)
-        files = tracking.fragments(str(space.parent / "sweeps/chaos"), run_id)
+        ids = run_ids(space, entry)
+        files = [file for run_id in ids for file in tracking.fragments(str(space.parent / "sweeps/chaos"), run_id)]
         rows = [row for file in files for row in tracking.rows_in(tracking.records(file))]
         steps = Counter(row[tracking.STEP] for row in rows if "train/loss" in row)
         doubled += sum(n - 1 for n in steps.values())

@@ -39,7 +39,7 @@ from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking
-from sweep.trainable import Assignment, Lease, SlicedTrial
+from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
@@ -166,10 +166,12 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
                 return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
 
-            if not place.is_remote:  # there, other machines know the rows of their runs
-                _end_runs(
-                    ledger, paths, tracked, spec.space.searched, spec.model or "", spec.budget.evaluations, first_rung
-                )
+            def end_runs() -> None:
+                if not place.is_remote:  # there, other machines know the rows of their runs
+                    model, evaluations = spec.model or "", spec.budget.evaluations
+                    _end_runs(ledger, paths, tracked, spec.space.searched, model, evaluations, first_rung)
+
+            end_runs()
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
             if not first:
                 listener.note(
@@ -201,6 +203,9 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             )
             if not drain():
                 _tune(searcher, scheduler, watch, drain, spec.resources.cpus, spec.resources.gpus)
+        if drain.cause != "signal":
+            _wait_for_ends(ledger, paths)
+            end_runs()
         tracking.close()
         for note in tracking.notes():
             listener.note(note)
@@ -502,6 +507,14 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     for note in prepared.notes:
         listener.note(note)
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
+
+
+def _wait_for_ends(ledger: Ledger, paths: SweepPaths) -> None:
+    """Until the processes of ended trials have handed everything to W&B; those that were killed never will."""
+    began = time.monotonic()
+    ended = [paths.trial(entry.number) for entry in ledger.entries() if entry.state.is_finished()]
+    while any(map(tracking.lacks_its_end, ended)) and time.monotonic() - began < WAIT_SECONDS:
+        time.sleep(0.1)
 
 
 def _end_runs(

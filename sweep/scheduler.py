@@ -132,12 +132,10 @@ class LedgerScheduler(FIFOScheduler):
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
-        self._nodes: dict[int, str] = {}  # where a trial was last heard of
         self._leaving: dict[int, str] = {}  # trials whose process was asked to end, and why
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number: int = trial.config["assignment"].number
-        self._nodes[number] = result["node"]
         try:
             if result["slice"].evaluation is not None and self._displaced():
                 return TrialScheduler.STOP
@@ -241,7 +239,7 @@ class LedgerScheduler(FIFOScheduler):
     def _lost(self, number: int, cause: RayActorError) -> None:
         """A process died. Twice at the same place, for no reason that is known, is taken for the machine's memory."""
         reason = f"{type(cause).__name__}: {cause}".strip()
-        if cause.preempted or _is_gone(self._nodes.get(number)):
+        if cause.preempted or _machine_is_gone(cause):
             self._hand_out_again(number, f"lost its machine ({reason})")
         else:
             entry = self._ledger.died(number)
@@ -286,7 +284,6 @@ class LedgerScheduler(FIFOScheduler):
     def _hand_out_again(self, number: int, why: str) -> None:
         self._tell(self._listener.note, f"trial {number:3d} {why}; it goes on from its last checkpoint")
         self._watch.silenced.discard(number)
-        self._nodes.pop(number, None)
         self._put_back(number)
 
     def _broke_down(self, number: int, reason: str) -> None:
@@ -313,8 +310,11 @@ class LedgerScheduler(FIFOScheduler):
         return {}
 
 
-def _is_gone(node_id: str | None) -> bool:
-    """Whether a node of the cluster is dead, or does not answer, which Ray takes up to half a minute to see."""
+def _machine_is_gone(cause: RayActorError) -> bool:
+    """Whether the node of a lost process is dead, or does not answer, which Ray takes up to half a minute to see."""
+    if cause.actor_id is None:
+        return False
+    node_id = ray._private.state.actors(cause.actor_id)["Address"]["NodeID"]
     for node in ray.nodes():
         if node["NodeID"] == node_id:
             if not node["Alive"]:

@@ -5,6 +5,12 @@ import pytest
 from tests import sweeps
 
 
+def pytest_collection_modifyitems(items):
+    """Files of long tests first, so that no worker is left with them when the others are done."""
+    long = ("tiny_sweep", "qlora_sft", "faults", "sync", "tracking", "run")
+    items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in str(item.path)), len(long)))
+
+
 @pytest.fixture
 def space(tmp_path):
     """The YAML file of a toy sweep, in a directory of its own."""

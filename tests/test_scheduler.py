@@ -103,7 +103,7 @@ def test_five_refusals_in_a_row_end_the_sweep_and_progress_counts_anew(monkeypat
 @pytest.mark.filterwarnings("ignore:the progress display failed")
 @pytest.mark.parametrize(("preempted", "deaths"), [(True, ()), (False, (-1,))])
 def test_a_machine_that_is_taken_away_is_no_unexplained_death(monkeypatch, preempted, deaths):
-    monkeypatch.setattr("sweep.scheduler._is_gone", lambda node: False)
+    monkeypatch.setattr("sweep.scheduler._machine_is_gone", lambda cause: False)
     monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError(preempted=preempted))
     ledger, back = memory_ledger(), []
     number = add_trial(ledger)

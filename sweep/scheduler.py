@@ -238,7 +238,7 @@ class LedgerScheduler(FIFOScheduler):
 
     def _lost(self, number: int, cause: RayActorError) -> None:
         """A process died. Twice at the same place, for no reason that is known, is taken for the machine's memory."""
-        reason = f"{type(cause).__name__}: {cause}".strip()
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
         if cause.preempted or _machine_is_gone(cause):
             self._hand_out_again(number, f"lost its machine ({reason})")
         else:

@@ -86,6 +86,20 @@ def test_a_killed_trial_goes_on(undisturbed, space):
     assert 0 <= repeated <= 7  # steps between two evaluations
 
 
+def test_a_process_that_was_replaced_ends_and_writes_nothing(undisturbed, space):
+    """The driver gave its trial to another one, as when a broken network hid it: the attempt's mark is not its own."""
+    _, _, expected = undisturbed
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
+    (space.parent / "sweeps/toy/trials/000/attempt.txt").write_text("another attempt")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "trial   0 lost its process" in output
+    entries = sweeps.entries(space)
+    assert sweeps.history(entries) == sweeps.history(expected)
+    assert len(entries[0].deaths) == 1
+
+
 def test_a_silent_trial_is_killed_and_put_back_once(undisturbed, space):
     _, _, expected = undisturbed
     done = sweeps.run(space, "--set", "trial_timeout=4", "--set", "search.trials=1", TOY_FAULT="hang:10")

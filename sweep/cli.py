@@ -85,9 +85,10 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
     if outcome.winner is not None:
         what = "configuration" if spec.trainable == "toy" else "adapter"
-        console.print(f"The best {what} is in {outcome.paths.best}", highlight=False, soft_wrap=True)
+        console.print(f"The best {what} is in {outcome.place.url}/best", highlight=False, soft_wrap=True)
     if outcome.kept_offline:
-        upload = shlex.join(["python", "-m", "sweep", "sync", os.path.relpath(outcome.paths.root)])
+        root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
+        upload = shlex.join(["python", "-m", "sweep", "sync", root])
         console.print(
             f"{outcome.kept_offline} W&B runs are kept offline; upload them with: {upload}",
             highlight=False,
@@ -99,14 +100,19 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
         console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True)
     if outcome.cause == "breakdown" or (outcome.cause is None and not report.any_finished(outcome.ledger.entries())):
         if outcome.cause is None:
-            console.print(f"No trial finished. The ledger is in {outcome.paths.root}", highlight=False)
+            console.print(f"No trial finished. What they left is in {outcome.place.url}", highlight=False)
         return EXIT_FAILED
     return 0
 
 
 @app.command()
 def sync(
-    sweep: Annotated[Path, typer.Argument(help="A sweep's directory, like sweeps/pricer.", show_default=False)],
+    sweep: Annotated[
+        str,
+        typer.Argument(
+            help="A sweep's directory, like sweeps/pricer, or the s3:// URL of one that ran here.", show_default=False
+        ),
+    ],
 ) -> None:
     """Send to W&B what it lacks of a sweep: offline runs, and online ones whose upload was cut off.
 
@@ -117,10 +123,11 @@ def sync(
     Exit codes: 0 W&B has everything, 1 it does not yet: run it again,
     2 wrong input and nothing was sent: no sweep there, a sweep that is running, no usable key.
     """
+    from sweep.place import Place
     from sweep.sync import Refused, upload
 
     try:
-        outcome = upload(sweep)
+        outcome = upload(Place.at(sweep))
     except Refused as error:
         raise typer.Exit(_wrong_input(error)) from error
     for run, reason in outcome.failed.items():

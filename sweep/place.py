@@ -34,6 +34,11 @@ class Place:
     url: str
     """An absolute path, or a URL such as s3://bucket/sweeps/pricer."""
 
+    @classmethod
+    def at(cls, where: str) -> "Place":
+        """A directory, relative to the working directory, or a URL."""
+        return cls(where.rstrip("/") if "://" in where else str(Path(where).absolute()))
+
     @property
     def is_remote(self) -> bool:
         return "://" in self.url

@@ -77,7 +77,7 @@ class Outcome:
     """How a call of `run` ended."""
 
     ledger: Ledger
-    paths: SweepPaths
+    place: Place
     cause: Literal["signal", "hours", "breakdown"] | None
     """What ended it before its time; None when no trial is left to do."""
     reason: str | None
@@ -99,10 +99,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
     """
     began = time.monotonic()
-    remote = "://" in spec.storage
-    place = Place(
-        f"{spec.storage.rstrip('/')}/{spec.name}" if remote else str(Path(spec.storage).absolute() / spec.name)
-    )
+    place = Place.at(f"{spec.storage}/{spec.name}")
     paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
@@ -167,9 +164,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
 
             def end_runs() -> None:
-                if not place.is_remote:  # there, other machines know the rows of their runs
-                    model, evaluations = spec.model or "", spec.budget.evaluations
-                    _end_runs(ledger, paths, tracked, spec.space.searched, model, evaluations, first_rung)
+                model, evaluations = spec.model or "", spec.budget.evaluations
+                _end_runs(ledger, place, tracked, spec.space.searched, model, evaluations, first_rung)
 
             end_runs()
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
@@ -204,7 +200,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             if not drain():
                 _tune(searcher, scheduler, watch, drain, spec.resources.cpus, spec.resources.gpus)
         if drain.cause != "signal":
-            _wait_for_ends(ledger, paths)
+            _wait_for_ends(ledger, place)
             end_runs()
         tracking.close()
         for note in tracking.notes():
@@ -216,7 +212,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     seconds = time.monotonic() - began
     return Outcome(
         ledger=ledger,
-        paths=paths,
+        place=place,
         cause=drain.cause,
         reason=drain.reason,
         exhausted=searcher.exhausted,
@@ -421,6 +417,11 @@ def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool,
         if isinstance(error.cause, ValueError | OSError):
             raise Refused(str(error.cause)) from error
         raise
+    except ray.exceptions.RayError as error:
+        raise Refused(
+            f"{model}: the process that was to look at it before the trials died ({str(error).splitlines()[0]}); mostly"
+            " that is for want of memory: free some, or have another machine run it with --address"
+        ) from error
 
 
 def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
@@ -509,28 +510,47 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
 
 
-def _wait_for_ends(ledger: Ledger, paths: SweepPaths) -> None:
+def _without_end(ledger: Ledger, place: Place, *, needed: str | None) -> list[Entry]:
+    """Ended trials with rows of which wandb was not seen to write the run's end.
+
+    Where it is `needed` offline, this machine must have written it; online, any. None: any, in either way.
+    """
+    found = []
+    for entry in ledger.entries():
+        directory = place.paths.trial(entry.number)
+        if entry.state.is_finished() and not (directory / tracking.RECORDED).exists():
+            how = place.text(directory / tracking.RECORDED) if place.is_remote else None
+            written = how is not None if needed is None else how == needed == "online"
+            if not written and place.holds(directory / tracking.ROWS):
+                found.append(entry)
+    return found
+
+
+def _wait_for_ends(ledger: Ledger, place: Place) -> None:
     """Until the processes of ended trials have handed everything to W&B; those that were killed never will."""
     began = time.monotonic()
-    ended = [paths.trial(entry.number) for entry in ledger.entries() if entry.state.is_finished()]
-    while any(map(tracking.lacks_its_end, ended)) and time.monotonic() - began < WAIT_SECONDS:
+    while _without_end(ledger, place, needed=None) and time.monotonic() - began < WAIT_SECONDS:
         time.sleep(0.1)
 
 
 def _end_runs(
     ledger: Ledger,
-    paths: SweepPaths,
+    place: Place,
     tracked: tracking.Tracking,
     searched: tuple[str, ...],
     model: str,
     evaluations: int,
     first_rung: int,
 ) -> None:
-    """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget."""
-    for entry in ledger.entries():
-        directory = paths.trial(entry.number)
-        if not entry.state.is_finished() or not tracking.lacks_its_end(directory):
-            continue
+    """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget.
+
+    On an object store this machine gets to have the whole runs of all ended trials that are not online.
+    """
+    if tracked.mode == "disabled":
+        return
+    for entry in _without_end(ledger, place, needed=tracked.mode):
+        directory = place.paths.trial(entry.number)
+        place.pull_log(directory / tracking.ROWS)
         steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}
         number, loss = entry.best or (None, None)
         facts = {
@@ -543,7 +563,7 @@ def _end_runs(
         name = tracking.run_name(entry.number, entry.config, searched)
         config = tracking.run_config(entry.number, entry.config, model, tracked.group)
         run_id = tracking.run_id(ledger.noted("sweep_id"), entry.number)
-        run = tracking.start(tracked, run_id, name, config, directory)
+        run = tracking.start(tracked, run_id, name, config, directory, place.push)
         tracking.finish(run, ENDED_AS[entry.state], facts)
 
 

@@ -29,6 +29,7 @@ import filelock
 
 from sweep import tracking
 from sweep.paths import SweepPaths
+from sweep.place import Place
 from sweep.tracking import End, Row, Tracking
 
 ASK_SECONDS = 10.0
@@ -113,15 +114,19 @@ class _Served:
     summary: Row
 
 
-def upload(sweep: Path) -> Outcome:
-    """Send to W&B what it lacks of the sweep in the directory `sweep`.
+def upload(place: Place) -> Outcome:
+    """Send to W&B what this machine has of a sweep and W&B does not.
 
     Raises `Refused` when there is no sweep, its driver runs, or there is no key that can be used. A server that does
     not answer, or answers badly, ends in `Outcome.failed`, in bounded time; the next call goes on from there.
     """
-    paths = SweepPaths(sweep.absolute())
+    paths = place.paths
+    if not paths.spec.exists() and place.is_remote:
+        raise Refused(f"this machine has no part of {place.url}; run that sweep here once more: it then has all of it")
     if not paths.spec.exists():
-        raise Refused(f"{sweep} holds no sweep; name the directory of one, which has a space.yaml, like sweeps/pricer")
+        raise Refused(
+            f"{place.url} holds no sweep; name the directory of one, which has a space.yaml, like sweeps/pricer"
+        )
     with _locked(paths):
         ids = sorted({file.stem.removeprefix("run-") for file in (paths.tracking / "wandb").glob("*run-*/run-*.wandb")})
         files = {run_id: tracking.fragments(str(paths.tracking), run_id) for run_id in ids}
@@ -261,7 +266,12 @@ def _count(rows: Sequence[Row], served: _Served | None) -> int:
 
 
 def _has_ended(served: _Served, end: End | None) -> bool:
-    """Whether the server has the summary that an attempt ended with; wandb does not send what is None in it."""
+    """Whether the server has the summary that an attempt ended with, or, of a preempted one, that a later one did.
+
+    That may lie on another machine. wandb does not send what is None in a summary.
+    """
+    if end and end.state == "preempted" and served.summary.get("state") in ("complete", "stopped", "failed"):
+        return True
     wanted = {**end.summary, "state": end.state} if end else {}
     return all(value is None or served.summary.get(name) == value for name, value in wanted.items())
 

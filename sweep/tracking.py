@@ -5,10 +5,10 @@ take turns there. wandb writes each row to a file on disk (a *fragment*, one for
 uploads it. When W&B cannot be used the rows go to an offline fragment, to be uploaded with `sweep.sync`, and `notes`
 says so.
 
-Before it is queued, a row is appended to a file of the trial: what a killed process had not handed to wandb yet, the
-next attempt does. No row is recorded twice: an attempt that goes on after another leaves out what the server has
-(online) or what earlier fragments hold (offline). Both are asked when the attempt starts, so they are right after any
-kill. Online, rows that an earlier attempt wrote but did not upload any more are sent first.
+Before it is queued, a row is appended to a file of the trial: what a killed process had not handed to wandb yet, or
+not uploaded, the next attempt does. No row is recorded twice: an attempt that goes on after another leaves out what the
+server has (online) or what earlier fragments on this machine hold (offline). Both are asked when the attempt starts,
+so they are right after any kill.
 """
 
 import json
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
 from itertools import chain
@@ -45,7 +45,7 @@ RETRY_SECONDS = 60.0
 """How long a process leaves W&B alone after it failed."""
 
 ROWS, RECORDED = "rows.jsonl", "rows.recorded"
-"""Files in a trial's directory: its rows, and the mark that wandb has written the run's end."""
+"""Files in a trial's directory: its rows, and the mark that wandb has written the run's end, with the mode."""
 STEP, EVALUATION = "train/global_step", "eval/evaluation"
 """Names in the rows; every row has the first, those of an evaluation the second."""
 
@@ -124,15 +124,26 @@ def described(config: QLoRAConfig, searched: Iterable[str]) -> str:
     return " ".join(_short(name, getattr(config, name)) for name in searched)
 
 
-def start(tracking: Tracking, run_id: str, name: str, config: Mapping[str, Any], directory: Path) -> Run:
+def start(
+    tracking: Tracking,
+    run_id: str,
+    name: str,
+    config: Mapping[str, Any],
+    directory: Path,
+    publish: Callable[[Path], object] = lambda mark: None,
+) -> Run:
     """Begin to record a run, or go on with it when `run_id` was recorded before; `directory` is the trial's own.
 
-    Returns at once. Raises OSError when nothing can be written there.
+    `publish` is called with the file RECORDED once it is there. Returns at once. Raises OSError when nothing can be
+    written there.
     """
     queue: SimpleQueue[Row | End] = SimpleQueue()
     rows = directory / ROWS
     thread = threading.Thread(
-        target=_record, args=(tracking, run_id, name, dict(config), queue, rows), name=f"wandb {run_id}", daemon=True
+        target=_record,
+        args=(tracking, run_id, name, dict(config), queue, rows, publish),
+        name=f"wandb {run_id}",
+        daemon=True,
     )
     if tracking.mode != "disabled":
         directory.mkdir(parents=True, exist_ok=True)
@@ -161,11 +172,6 @@ def logged(directory: Path) -> list[Row]:
         return []
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
-
-
-def lacks_its_end(directory: Path) -> bool:
-    """Whether the trial with this directory has rows, and wandb was not seen to write the end of its run."""
-    return (directory / ROWS).exists() and not (directory / RECORDED).exists()
 
 
 def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:
@@ -267,7 +273,15 @@ def _rows(happened: Slice) -> Iterator[Row]:
         }
 
 
-def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: SimpleQueue[Row | End], rows: Path) -> None:
+def _record(
+    tracking: Tracking,
+    run_id: str,
+    name: str,
+    config: Row,
+    queue: SimpleQueue[Row | End],
+    rows: Path,
+    publish: Callable[[Path], object],
+) -> None:
     """The thread of a run, from start to finish."""
     if tracking.mode == "disabled":
         return
@@ -280,8 +294,7 @@ def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: Simp
             return _fail(f"cannot write to {tracking.directory} ({error.strerror}); trials are not recorded")
         for mode in ("offline" if time.monotonic() < _offline_until else tracking.mode, "offline"):
             try:
-                items = chain(logged(rows.parent), _all_of(received, queue))
-                _write(tracking, mode, run_id, name, config, items)
+                _write(tracking, mode, run_id, name, config, logged(rows.parent), _all_of(received, queue))
             except Exception as error:
                 logger.debug("run %s", run_id, exc_info=True)
                 kept = f"rows are kept, upload them with `python -m sweep sync {tracking.directory}`"
@@ -290,9 +303,17 @@ def _record(tracking: Tracking, run_id: str, name: str, config: Row, queue: Simp
             else:
                 end = received[-1]
                 if isinstance(end, End) and end.state != "preempted":
-                    (rows.parent / RECORDED).touch()
+                    _mark_recorded(rows.parent / RECORDED, mode, publish)
                 return
         _fail("it failed twice; rows of a trial are lost")
+
+
+def _mark_recorded(mark: Path, mode: str, publish: Callable[[Path], object]) -> None:
+    try:
+        mark.write_text(mode)
+        publish(mark)
+    except OSError as error:  # the end is recorded once more, then
+        _tell(f"that a run has ended could not be noted ({error})")
 
 
 def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterator[Row | End]:
@@ -303,26 +324,33 @@ def _all_of(received: list[Row | End], queue: SimpleQueue[Row | End]) -> Iterato
         yield received[-1]
 
 
-def _write(tracking: Tracking, mode: str, run_id: str, name: str, config: Row, items: Iterator[Row | End]) -> None:
-    """Write a fragment: `items` up to their End. Raises whatever wandb raises."""
+def _write(
+    tracking: Tracking, mode: str, run_id: str, name: str, config: Row, before: list[Row], items: Iterator[Row | End]
+) -> None:
+    """Write a fragment: the rows that the trial had `before`, then `items` up to their End.
+
+    Raises whatever wandb raises.
+    """
     _quieten_wandb()
-    earlier = [row for file in fragments(tracking.directory, run_id) for row in rows_in(records(file))]
+    known: dict[str, int] = {}
+    if mode != "online":
+        for file in fragments(tracking.directory, run_id):
+            for row in rows_in(records(file)):
+                _is_new(row, known)
     run = open_run(
         tracking, mode, run_id, name, config, init_seconds=INIT_SECONDS, finish_seconds=FINISH_SECONDS, measured=True
     )
-    known: dict[str, int] = {}
-    earlier = [row for row in earlier if _is_new(row, known)]
     if mode == "online":
-        items = chain(earlier, items)
-        known = {}
-        if earlier and earlier[0][STEP] <= 1:
+        seen: dict[str, int] = {}
+        each_once = [row for row in before if _is_new(row, seen)]
+        if run.starting_step <= len(each_once):
             # Not by the summary: where an upload was cut off, it is behind the rows that the server has, or ahead.
-            for row in earlier[: run.starting_step]:  # W&B counts rows from 0
+            for row in each_once[: run.starting_step]:  # W&B counts rows from 0
                 _is_new(row, known)
-        else:  # the first fragments are not here
+        else:  # the server has rows that were lost with another machine
             known = {clock: int(last) for clock, last in dict(run.summary).items() if clock in (STEP, EVALUATION)}
     try:
-        send(run, items, known)
+        send(run, chain(before, items), known)
     except TimeoutError:
         _fail(
             f"uploading was cut off after {FINISH_SECONDS:g} s; all rows are kept, "

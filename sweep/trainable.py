@@ -247,7 +247,7 @@ class SlicedTrial(tune.Trainable):
         config = tracking.run_config(mine.number, mine.config, mine.job.model, mine.tracking.group)
         here = replace(mine.tracking, directory=str(self._place.paths.tracking))
         run_id = tracking.run_id(mine.sweep_id, mine.number)
-        return tracking.start(here, run_id, name, config, self._directory)
+        return tracking.start(here, run_id, name, config, self._directory, self._place.push)
 
     def _save(self) -> None:
         """Write a checkpoint; of the older ones stay that of the best evaluation and, should this one get damaged, the

@@ -338,6 +338,21 @@ def test_a_fragment_that_repeats_rows_of_another(sweep: Path, server: WandbServe
     assert_complete(sweep, server)
 
 
+def test_an_attempt_that_went_on_at_another_machine(sweep: Path, server: WandbServer, tmp_path: Path) -> None:
+    """Which has all rows from the start. In whatever order the two are uploaded, the run has ended as it did there."""
+    attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
+    attempt(sweep, "same", *FIRST, state="preempted", best_step=100)
+    there = tmp_path / "there" / "pricer"
+    shutil.copytree(sweep, there, ignore=shutil.ignore_patterns("wandb", "*.lock"))
+    attempt(there, "id", *SECOND, best_step=150)
+    attempt(there, "same", state="stopped", best_step=90)  # nothing was left to do
+    for copy in (there, sweep, there):
+        assert run(copy).exit_code == 0
+        assert seen(server.runs["same"].rows) == (list(range(1, 101)), [50, 100])
+        assert (server.runs["same"].summary["state"], server.runs["same"].summary["best_step"]) == ("stopped", 90)
+        assert_complete(copy, server)
+
+
 def test_an_online_attempt_goes_on_after_half_an_upload(sweep: Path, server: WandbServer) -> None:
     attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
     server.dies = (40, 500)

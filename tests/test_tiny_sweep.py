@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from optuna.trial import TrialState
 
@@ -84,6 +85,23 @@ def test_killed_and_run_again(undisturbed, inputs, tmp_path):
     for number in range(4):  # over both attempts, no step is missing or doubled in W&B
         steps = [row["train/global_step"] for row in wandb_rows(space, number) if "train/loss" in row]
         assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_process_that_dies_before_the_first_trial(inputs, tmp_path):
+    """The one that looks whether the layers are the model's."""
+    space = write(tmp_path, inputs)
+    process = sweeps.start(space, "--set", "space.target_modules=[q_proj]")
+
+    def checking() -> list[psutil.Process]:
+        return [p for p in psutil.Process(process.pid).children(recursive=True) if "check" in " ".join(p.cmdline())]
+
+    sweeps.wait_until(lambda: len(checking()) > 0, process)
+    checking()[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert f"{inputs}/llama: the process that was to look at it before the trials died" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "sweeps/tiny").exists()
 
 
 def test_best_loads_with_plain_peft_and_gives_the_recorded_loss(undisturbed):

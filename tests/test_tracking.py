@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_half_a_row_of_a_killed_process_is_left_out(offline: Tracking) -> None:
     tracking.close()
     assert seen(history(fragments(offline, "id")[0])) == ([1, 2, 3], [])
     assert [row["train/global_step"] for row in tracking.logged(rows.parent)] == [1, 2, 3]
-    assert not tracking.lacks_its_end(rows.parent)
+    assert (rows.parent / tracking.RECORDED).read_text() == "offline"
 
 
 def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
@@ -193,7 +194,7 @@ def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     tracking.finish(run, "complete", {})
     tracking.close()
     assert len(tracking.logged(tmp_path / "trial")) == 3
-    assert tracking.lacks_its_end(tmp_path / "trial")
+    assert not (tmp_path / "trial" / tracking.RECORDED).exists()
     assert tracking.notes() == [
         f"W&B: cannot write to {tmp_path}/file/sweep (Not a directory); trials are not recorded"
     ]
@@ -382,6 +383,30 @@ def test_rows_that_were_not_uploaded_any_more_are_sent_by_the_next_attempt(
     tracking.close()
     assert seen(run.rows) == (list(range(1, 13)), [10])
     assert [str(row["eval/loss"]) for row in run.rows if "eval/loss" in row] == ["nan"]
+
+
+@pytest.mark.parametrize(("served", "kept"), [(4, 10), (10, 6)])
+def test_an_online_run_goes_on_at_another_machine(
+    online: Tracking, server: WandbServer, tmp_path: Path, served: int, kept: int
+) -> None:
+    """Which has the rows of the trial as far as they were sent there; the server has fewer or more of them."""
+    record(online, "id", trained(1, 10), state="preempted")
+    tracking.close()
+    run = server.runs["id"]
+    run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:served]  # as if the machine had died
+    run.summary = {"train/global_step": served, "_step": served - 1}
+    there = replace(online, directory=str(tmp_path / "there"))
+    trial(there, "id").mkdir(parents=True)
+    rows = (trial(online, "id") / tracking.ROWS).read_text().splitlines(keepends=True)
+    (trial(there, "id") / tracking.ROWS).write_text("".join(rows[:kept]))
+    asked = len(server.requests)
+    attempt = tracking.start(there, "id", "run id", {}, trial(there, "id"))
+    while len(server.requests) == asked:  # it looks at the rows before it asks what the server has
+        time.sleep(0.01)
+    tracking.log(attempt, trained(kept - 1, 12))
+    tracking.finish(attempt, "complete", {})
+    tracking.close()
+    assert seen(run.rows) == (list(range(1, 13)), [])
 
 
 def test_no_key_in_any_file_or_output(

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from sweep.place import Place
 from sweep.study import Entry, Ledger
 from tests import nodes, sweeps
 from tests.faults.test_nodes import FOUR_TRIALS
+from tests.test_tracking import KEY as WANDB_KEY
+from tests.test_tracking import seen
+from tests.wandb_server import serve
 from trainables import checkpoint
 
 PASSWORD, KEY = "plantedpassword", "plantedsecretkey"
@@ -72,8 +77,19 @@ def ledger(database: str, name: str) -> list[Entry]:
     return Ledger.at_url(database, name).entries()
 
 
+def sync(sweep: str, **variables: str) -> str:
+    """Upload what the machine with the cache XDG_CACHE_HOME has of a sweep."""
+    command = [sys.executable, "-m", "sweep", "sync", sweep]
+    done = subprocess.run(command, env=sweeps.environment(**variables), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_a_node_is_killed(store, database, space, tmp_path):
-    """Its trial goes on at another machine, which has nothing but what was pushed."""
+    """Its trial goes on at another machine, which has nothing but what was pushed.
+
+    W&B gets every row once, from the machine of the driver and from the others, whose runs were cut off there.
+    """
     client, access = store
     with nodes.cluster(TOY_STEP_SECONDS="0.25", **access) as cluster:
         first, _ = (cluster.start(cpus=1, XDG_CACHE_HOME=str(tmp_path / f"machine{n}")) for n in range(2))
@@ -82,6 +98,7 @@ def test_a_node_is_killed(store, database, space, tmp_path):
             *FOUR_TRIALS,
             *on_s3("nodes", database),
             *("--address", cluster.address),
+            *("--set", "tracking.mode=offline"),
             **access,
             XDG_CACHE_HOME=str(tmp_path / "driver"),
         )
@@ -101,6 +118,17 @@ def test_a_node_is_killed(store, database, space, tmp_path):
     assert len(checkpoints(client, "mine/nodes/trials")) == 3  # checkpoint.keep
     assert not [name for name, content in left.items() if PASSWORD.encode() in content or KEY.encode() in content]
     assert PASSWORD not in output
+    assert "4 W&B runs are kept offline; upload them with: python -m sweep sync s3://sweeps/mine/nodes" in output
+    with serve() as server:
+        for machine in ("driver", "machine0", "machine1"):
+            variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": WANDB_KEY}
+            sync("s3://sweeps/mine/nodes", **variables, XDG_CACHE_HOME=str(tmp_path / machine))
+            for run in server.runs.values():
+                trained, evaluated = seen(run.rows)
+                assert trained == list(range(1, 25))
+                assert [step for step in evaluated if step] == [8, 16, 24]
+                assert run.summary["state"] == "complete"
+        assert len(server.runs) == 4
 
 
 def test_a_killed_driver_is_replaced_on_another_machine(undisturbed, store, database, space, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
+from trainables import data as module
 from trainables.config import DataConfig
 from trainables.data import DataError, Rows, check_model, content_hashes, load, model_hash, prepare
 
@@ -33,6 +35,14 @@ CHATS = [
     for n in range(12)
 ]
 CHAT_PAIRS = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in CHATS]
+
+
+@pytest.fixture(autouse=True)
+def trl_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that tokenise are forked from one that has imported TRL, which takes 10 s."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["trl.trainer.sft_trainer"])
+    monkeypatch.setattr(module, "get_context", lambda method: server)
 
 
 @pytest.fixture(scope="module")

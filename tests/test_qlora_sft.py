@@ -175,7 +175,7 @@ def test_trl_agrees(tiny, tmp_path):
 @pytest.mark.timeout(900)
 def test_trl_agrees_on_smollm2(tmp_path):
     files = make_tiny_rows(tmp_path, train=40, validation=8)
-    job = replace(job_on(str(SMOLLM2), files, tmp_path), budget=steps(20, 1))
+    job = replace(job_on(str(SMOLLM2), files, tmp_path), budget=steps(8, 1))
     config = CONFIG.model_copy(
         update={
             "dropout": 0.0,

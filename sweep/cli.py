@@ -2,11 +2,15 @@
 
 import os
 import shlex
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sweep.preemption import EXIT_PREEMPTED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,9 +48,12 @@ def run(
     Exit codes: 0 done, 1 no trial finished or five in a row broke down,
     2 wrong input and nothing was started, 75 preempted: run it again.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `runner` takes them over: nothing has begun
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
     code = _run(space, set_ or [], address)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # takes a local Ray cluster along, at once
 
 
@@ -58,16 +65,17 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
     except SpecError as error:
         return _wrong_input(error)
 
-    from rich.console import Console
-
     from sweep import report, runner
-    from sweep.preemption import EXIT_PREEMPTED
-    from sweep.progress import Progress
+    from sweep.progress import Console, Progress
     from trainables.data import DataError
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
     console = Console(markup=False, emoji=False, width=width)  # paths and error messages hold brackets
-    again = shlex.join(["python", "-m", "sweep", *sys.argv[1:]])
+    shown = [
+        "ledger=" + runner.without_password(word.removeprefix("ledger=")) if word.startswith("ledger=") else word
+        for word in sys.argv[1:]
+    ]
+    again = shlex.join(["python", "-m", "sweep", *shown])
     try:
         with Progress(console, spec.space.searched, spec.search.trials, spec.budget.evaluations) as progress:
             outcome = runner.run(spec, address=address, listener=progress, again=again)

@@ -8,6 +8,7 @@ whole or not at all. On a file system there is one copy and nothing to do.
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,9 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy
 from sweep.paths import SweepPaths
 from trainables.checkpoint import MANIFEST
 from trainables.data import SUMMARY
+
+PULSE_SECONDS = 5.0
+"""How often the driver of a sweep on an object store shows that it lives."""
 
 LAST = {MANIFEST, SUMMARY}
 """Files that are written last, and say that the directory is whole."""
@@ -128,6 +132,14 @@ class Place:
                 if info.type == FileType.Directory and not checkpoint.exists():
                     self.delete(checkpoint / MANIFEST)  # first, so that half of one is not taken for a whole one
                     system.delete_dir(info.path)
+
+    def is_driven(self) -> bool:
+        """Whether a driver shows that it lives, on an object store; one that was killed does not. Takes 15 s."""
+        before = self.text(self.paths.pulse) if self.is_remote else None
+        if before is None:
+            return False
+        time.sleep(3 * PULSE_SECONDS)
+        return self.text(self.paths.pulse) not in (before, None)
 
     def holds(self, path: Path) -> bool:
         """Whether the file is there."""

@@ -55,8 +55,10 @@ def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[N
     """
 
     def end() -> None:
-        print(farewell, file=sys.stderr, flush=True)
-        os._exit(EXIT_PREEMPTED)
+        try:
+            print(farewell, file=sys.stderr, flush=True)
+        finally:  # also when nobody reads it any more
+            os._exit(EXIT_PREEMPTED)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if drain.cause == "signal":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from optuna.trial import TrialState
-from rich.console import Console
+from rich import console
 from rich.live import Live
 from rich.table import Table
 
@@ -16,6 +16,14 @@ from trainables.protocol import Slice
 
 STATES = {TrialState.RUNNING: "running", **ENDED_AS}
 """Words for a trial's state."""
+
+
+class Console(console.Console):
+    """One that falls silent when nobody reads it any more, as after Ctrl-C in `… | tee log`; rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
 
 ENDED_SHOWN = 12
 """Rows of ended trials in the live table: the best of them."""

@@ -31,10 +31,10 @@ from sweep import report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
-from sweep.place import Place
+from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
 from sweep.repair import starting_halvings
-from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch
+from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import SpecError, SweepSpec
@@ -62,8 +62,8 @@ QUIET_RAY = {
 }
 
 
-PULSE_SECONDS = 5.0
-"""How often the driver of a sweep on an object store shows that it lives."""
+SECONDS_PER_RUN = 2.0
+"""How long it may take to write one more run of W&B."""
 TAKING_SECONDS = 1.0
 """Of two drivers that take such a sweep in the same moment, the first sees the second in this time, and gives way."""
 
@@ -99,7 +99,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
     """
     began = time.monotonic()
-    place = Place.at(f"{spec.storage}/{spec.name}")
+    place = Place.at(f"{spec.storage.rstrip('/')}/{spec.name}")
+    listener = shielded(listener)
     paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
@@ -155,7 +156,10 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 )
 
             def started(entry: Entry) -> None:
-                tidy(ledger, place, spec.checkpoint.keep, emptied)
+                try:
+                    tidy(ledger, place, spec.checkpoint.keep, emptied)
+                except OSError as error:
+                    listener.note(f"Checkpoints that nobody needs could not be deleted: {error}")
                 listener.started(entry)
 
             def settled(number: int) -> bool:
@@ -163,9 +167,11 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
                 return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
 
+            ending: set[int] = set()
+
             def end_runs() -> None:
                 model, evaluations = spec.model or "", spec.budget.evaluations
-                _end_runs(ledger, place, tracked, spec.space.searched, model, evaluations, first_rung)
+                _end_runs(ledger, place, tracked, spec.space.searched, model, evaluations, first_rung, ending)
 
             end_runs()
             first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
@@ -199,10 +205,13 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             )
             if not drain():
                 _tune(searcher, scheduler, watch, drain, spec.resources.cpus, spec.resources.gpus)
+                for note in watch.unsaved():
+                    listener.note(note)
         if drain.cause != "signal":
-            _wait_for_ends(ledger, place)
+            if tracked.mode != "disabled":
+                _wait_for_ends(ledger, place)
             end_runs()
-        tracking.close()
+        tracking.close(10 + SECONDS_PER_RUN * len(ending) if drain.cause != "signal" else 10)
         for note in tracking.notes():
             listener.note(note)
         if drain.cause not in ("signal", "breakdown"):
@@ -298,11 +307,9 @@ def _take(lease: Lease, listener: Listener) -> None:
     """Make the lease hold; on an object store, unless another driver shows that it lives (a killed one does not)."""
     place = lease.place
     try:
-        before = place.text(place.paths.pulse) if place.is_remote else None
-        if before is not None:
+        if place.is_remote and place.holds(place.paths.pulse):
             listener.note(f"Looking for {3 * PULSE_SECONDS:g} s whether another driver runs this sweep")
-            time.sleep(3 * PULSE_SECONDS)
-            if place.text(place.paths.pulse) not in (before, None):
+            if place.is_driven():
                 raise _in_use(place)
         place.paths.lock_holder.write_text(lease.text)
         place.push(place.paths.lock_holder)
@@ -404,7 +411,7 @@ def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool,
     driver does without torch.
     """
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)
     def check() -> None:
         models = importlib.import_module("trainables.model")
         if bf16:
@@ -418,9 +425,9 @@ def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool,
             raise Refused(str(error.cause)) from error
         raise
     except ray.exceptions.RayError as error:
-        raise Refused(
-            f"{model}: the process that was to look at it before the trials died ({str(error).splitlines()[0]}); mostly"
-            " that is for want of memory: free some, or have another machine run it with --address"
+        raise OSError(
+            f"{model}: three processes that were to look at it before the trials died"
+            f" ({str(error).splitlines()[0]}), mostly for want of memory"
         ) from error
 
 
@@ -444,7 +451,7 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
 def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str]) -> Ledger:
     """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about."""
     begun = paths.spec.exists()
-    place = _without_password(spec.ledger) if spec.ledger else str(paths.ledger)
+    place = without_password(spec.ledger) if spec.ledger else str(paths.ledger)
     if begun and not spec.ledger and not paths.ledger.exists():
         raise Refused(f"{paths.root} holds a sweep, but its ledger {place} is gone. {_NO_LEDGER}")
     try:
@@ -480,10 +487,12 @@ def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str]) -> Ledg
 _NO_LEDGER = "Restore it from a backup or name the right one; to begin anew, move the directory away."
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
     """A database URL that may be written down."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
+        shown = {key: "***" if "pass" in key else value for key, value in parsed.query.items()}
+        return parsed.set(query=shown).render_as_string(hide_password=True)
     except SQLAlchemyError:  # it is none, which is told when it is opened
         return "the URL given"
 
@@ -541,14 +550,19 @@ def _end_runs(
     model: str,
     evaluations: int,
     first_rung: int,
+    ending: set[int],
 ) -> None:
     """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget.
 
-    On an object store this machine gets to have the whole runs of all ended trials that are not online.
+    On an object store this machine gets to have the whole runs of all ended trials that are not online. `ending` are
+    trials that this was begun for, to be passed to the next call.
     """
     if tracked.mode == "disabled":
         return
     for entry in _without_end(ledger, place, needed=tracked.mode):
+        if entry.number in ending:
+            continue
+        ending.add(entry.number)
         directory = place.paths.trial(entry.number)
         place.pull_log(directory / tracking.ROWS)
         steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}

@@ -11,12 +11,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sweep.preemption import Drain
@@ -55,6 +56,25 @@ class Listener(Protocol):
         """The ledger has the trial's end."""
 
 
+def shielded(listener: Listener) -> Listener:
+    """The listener, whose own troubles are said and end nothing."""
+    return cast(Listener, _Shielded(listener))
+
+
+class _Shielded:
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def listen(*what: Any) -> None:
+            try:
+                getattr(self._listener, name)(*what)
+            except Exception as error:  # noqa: BLE001
+                warnings.warn(f"the progress display failed: {type(error).__name__}: {error}", stacklevel=2)
+
+        return listen
+
+
 class Watch(tune.Callback, tune.Stopper):
     """Kills processes that give no sign of life, sees machines that are taken away, and ends Tune's loop when the sweep
     has drained."""
@@ -70,8 +90,8 @@ class Watch(tune.Callback, tune.Stopper):
         """Trials whose process was killed."""
         self.draining: set[str] = set()
         """Nodes of the cluster that are being taken away."""
-        self.saving: list[ray.ObjectRef[None]] = []
-        """Last checkpoints that are being written."""
+        self.saving: list[ray.ObjectRef[str | None]] = []
+        """Last checkpoints that are being written; each gives the reason when it could not be."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Ray writes its pieces to disk for a restore that is never used."""
@@ -106,6 +126,15 @@ class Watch(tune.Callback, tune.Stopper):
             return False
         return not self.saving or not ray.wait(self.saving, num_returns=len(self.saving), timeout=0)[1]
 
+    def unsaved(self) -> list[str]:
+        """Why last checkpoints could not be written."""
+        done = ray.wait(self.saving, num_returns=len(self.saving), timeout=0)[0] if self.saving else []
+        said = []
+        for each in done:
+            with suppress(RayError):  # the process was lost meanwhile: it goes on from the checkpoint before
+                said.append(ray.get(each))
+        return [reason for reason in said if reason is not None]
+
 
 class LedgerScheduler(FIFOScheduler):
     """Takes every result of every trial: report, decide, act. What must outlive it is in the ledger."""
@@ -127,7 +156,7 @@ class LedgerScheduler(FIFOScheduler):
         self._settle = settle
         self._put_back = put_back
         self._drain = drain
-        self._listener = listener
+        self._listener = shielded(listener)
         self._lease = lease
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
@@ -145,8 +174,8 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger_failed(error)
             return self._save(trial)
         for line in (*result["banner"].splitlines(), *result["notes"]):
-            self._tell(self._listener.note, line)
-        self._tell(self._listener.advanced, entry, result["slice"])
+            self._listener.note(line)
+        self._listener.advanced(entry, result["slice"])
         if entry.state.is_finished():
             self._conclude(entry, trial)
         if decision == TrialScheduler.CONTINUE and self._drain():
@@ -191,7 +220,10 @@ class LedgerScheduler(FIFOScheduler):
 
     def _displaced(self) -> bool:
         """Whether another driver has the sweep, as after a long pause of this machine: then nothing is written."""
-        if self._lease.holds():
+        try:
+            if self._lease.holds():
+                return False
+        except OSError:  # the object store does not answer; it will, and before that nobody can take anything over
             return False
         self._drain.request("breakdown", f"Another driver has taken over {self._lease.place.url}")
         return True
@@ -234,7 +266,7 @@ class LedgerScheduler(FIFOScheduler):
         """
         if trial.temporary_state.ray_actor is not None:
             trial.temporary_state.ray_actor.conclude.remote(ENDED_AS[entry.state], entry.reason)
-        self._tell(self._listener.ended, entry)
+        self._listener.ended(entry)
 
     def _lost(self, number: int, cause: RayActorError) -> None:
         """A process died. Twice at the same place, for no reason that is known, is taken for the machine's memory."""
@@ -279,10 +311,10 @@ class LedgerScheduler(FIFOScheduler):
     def _halve(self, number: int, halvings: int, why: str) -> None:
         self._ledger.halve(number, halvings)
         rows = self._ledger.entry(number).config.micro_batch(halvings)
-        self._tell(self._listener.note, f"trial {number:3d} {why}: it goes on with a micro-batch of {rows}")
+        self._listener.note(f"trial {number:3d} {why}: it goes on with a micro-batch of {rows}")
 
     def _hand_out_again(self, number: int, why: str) -> None:
-        self._tell(self._listener.note, f"trial {number:3d} {why}; it goes on from its last checkpoint")
+        self._listener.note(f"trial {number:3d} {why}; it goes on from its last checkpoint")
         self._watch.silenced.discard(number)
         self._put_back(number)
 
@@ -294,13 +326,6 @@ class LedgerScheduler(FIFOScheduler):
         if self._accidents[number] > ACCIDENTS:
             times = self._accidents[number]
             self._drain.request("breakdown", f"trial {number} broke down for the {times}th time, with {reason}")
-
-    def _tell(self, listen: Callable[..., None], *what: Any) -> None:
-        """Call the listener. What goes wrong there is said, and ends nothing."""
-        try:
-            listen(*what)
-        except Exception as error:  # noqa: BLE001
-            warnings.warn(f"the progress display failed: {type(error).__name__}: {error}", stacklevel=2)
 
     def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> Any:
         return None if self._drain() else super().choose_trial_to_run(tune_controller, **kwargs)

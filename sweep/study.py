@@ -238,7 +238,7 @@ def open_journal(path: Path, name: str) -> Ledger:
                 stream.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                json.loads(line)
+                _check(line)
             except ValueError as error:
                 raise ValueError(
                     f"{path}:{number}: the ledger is damaged ({error}). Restore the file from a backup, or move the"
@@ -246,7 +246,25 @@ def open_journal(path: Path, name: str) -> Ledger:
                 ) from error
     for leftover in path.parent.glob(path.name + ".lock*"):  # of a killed process: Optuna would wait 30 s for it
         leftover.unlink()
-    return Ledger(JournalStorage(JournalFileBackend(str(path))), name)
+    return Ledger(JournalStorage(_Journal(str(path))), name)
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, each line with a checksum, which Optuna passes over when it reads."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        super().append_logs([{**entry, "checksum": _checksum(entry)} for entry in logs])
+
+
+def _check(line: bytes) -> None:
+    """ValueError when a line of the journal is not what was written. What other programs add has no checksum."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or entry.pop("checksum", None) not in (None, _checksum(entry)):
+        raise ValueError("its checksum does not fit")
+
+
+def _checksum(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class _Fragment:
 
     @property
     def is_synced(self) -> bool:
-        return tracking.mark(self.file).exists()
+        return tracking.is_synced(self.file)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,20 @@ def upload(place: Place) -> Outcome:
         raise Refused(
             f"{place.url} holds no sweep; name the directory of one, which has a space.yaml, like sweeps/pricer"
         )
+    try:
+        driven = place.is_driven()
+    except (OSError, ValueError) as error:  # pyarrow raises both
+        raise Refused(f"{place.url} does not say whether its sweep is running: {error}") from error
+    if driven:
+        raise Refused(
+            f"{place.url} is in use by {place.text(paths.lock_holder)}: what is being written cannot be uploaded;"
+            " wait until it has ended"
+        )
     with _locked(paths):
         ids = sorted({file.stem.removeprefix("run-") for file in (paths.tracking / "wandb").glob("*run-*/run-*.wandb")})
         files = {run_id: tracking.fragments(str(paths.tracking), run_id) for run_id in ids}
         files = {
-            run_id: found for run_id, found in files.items() if not all(tracking.mark(file).exists() for file in found)
+            run_id: found for run_id, found in files.items() if not all(tracking.is_synced(file) for file in found)
         }
         if not files:
             return Outcome(len(ids), (), {})

@@ -188,7 +188,7 @@ def close(seconds: float = 10.0) -> None:
     closing.start()
     closing.join(seconds)
     if closing.is_alive():
-        _tell(f"it was not done after {seconds:g} s; last rows or summary of a run may be lost")
+        _tell(f"it was not done after {seconds:g} s; the command that runs the sweep records what is missing")
 
 
 def notes() -> list[str]:
@@ -305,7 +305,7 @@ def _record(
                 if isinstance(end, End) and end.state != "preempted":
                     _mark_recorded(rows.parent / RECORDED, mode, publish)
                 return
-        _fail("it failed twice; rows of a trial are lost")
+        _fail("it failed twice; the rows of a trial are kept, the command that runs the sweep records them")
 
 
 def _mark_recorded(mark: Path, mode: str, publish: Callable[[Path], object]) -> None:
@@ -448,7 +448,13 @@ def mark(fragment: Path) -> Path:
 def kept_offline(directory: str) -> int:
     """Runs of which W&B lacks something because it could not be, or was not to be, used."""
     found = Path(directory, "wandb").glob("offline-run-*/run-*.wandb")
-    return len({file.name for file in found if not mark(file).exists()})
+    return len({file.name for file in found if not is_synced(file)})
+
+
+def is_synced(fragment: Path) -> bool:
+    """Whether the server has all of a fragment; one that went on after its upload was not over then."""
+    marked = mark(fragment)
+    return marked.exists() and marked.stat().st_mtime >= fragment.stat().st_mtime
 
 
 def records(fragment: Path) -> list[dict[str, Any]]:

@@ -107,7 +107,9 @@ class SlicedTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave("preempted", None)  # nothing to do for a trial that was concluded or paused
+        untold = self._notes
         self.setup(new_config)
+        self._notes = untold
         return True
 
     def step(self) -> dict[str, Any]:
@@ -128,9 +130,12 @@ class SlicedTrial(tune.Trainable):
 
         The driver gives it away when it cannot reach this process, which may live on behind a broken network.
         """
-        replaced = self._attempt is not None and self._place.text(self._attempt_file) != self._attempt
-        if replaced or not self._assignment.lease.holds():
+        if not self._may_write():
             os._exit(1)
+
+    def _may_write(self) -> bool:
+        replaced = self._attempt is not None and self._place.text(self._attempt_file) != self._attempt
+        return not replaced and self._assignment.lease.holds()
 
     def _told(self, slice_: Slice) -> dict[str, Any]:
         """What the driver gets to know of a slice."""
@@ -179,8 +184,8 @@ class SlicedTrial(tune.Trainable):
         self._assignment = replace(self._assignment, job=replace(job, halvings=job.halvings + 1))
         return NOTHING
 
-    def save_and_leave(self) -> None:
-        """The sweep drains: write a checkpoint and end this attempt.
+    def save_and_leave(self) -> str | None:
+        """The sweep drains: write a checkpoint and end this attempt; gives the reason when that was not possible.
 
         Tune's own `save` would copy a directory to a storage that all machines must see.
         """
@@ -189,8 +194,9 @@ class SlicedTrial(tune.Trainable):
             if self._trial is not None and self._trial.step > 0:
                 self._save()
         except OSError as error:  # the checkpoint before it is intact, and so is the ledger
-            reason = f"no last checkpoint: {error}"
+            reason = f"trial {self._assignment.number}: no last checkpoint: {error}"
         self._leave("preempted", reason)
+        return reason
 
     def exit(self, save: bool) -> None:
         """End the process and with it this attempt, so that the trial goes on in another one, maybe elsewhere."""
@@ -210,12 +216,12 @@ class SlicedTrial(tune.Trainable):
     def _enter(self) -> Trial:
         mine = self._assignment
         module = importlib.import_module(f"trainables.{mine.trainable}")
+        self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
+        self._place.claim(mine.sweep_id)
+        self._begin_attempt()
+        self._place.pull_log(self._directory / tracking.ROWS)
+        self._place.pull_checkpoints(self._directory)
         try:
-            self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
-            self._place.claim(mine.sweep_id)
-            self._begin_attempt()
-            self._place.pull_log(self._directory / tracking.ROWS)
-            self._place.pull_checkpoints(self._directory)
             found = checkpoint.newest(self._directory, self._notes.append)
             trial: Trial = module.start(mine.config, self._job(), found)
         finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
@@ -276,17 +282,22 @@ class SlicedTrial(tune.Trainable):
         run, self._run = self._run, None
         trial, self._trial = self._trial, None
         if run is not None:
-            tracking.finish(run, state, summary(trial, self._assignment.first_rung) | {"stop_reason": reason})
+            facts = summary(trial, self._assignment.first_rung, self._assignment.job.budget.evaluations)
+            tracking.finish(run, state, facts | {"stop_reason": reason})
             try:
-                self._place.push(self._directory / tracking.ROWS)
+                if self._place.is_remote and self._may_write():
+                    self._place.push(self._directory / tracking.ROWS)
             except OSError as error:
                 self._notes.append(f"{self._place.url} did not take the last rows of a trial: {error}")
         if trial is not None:
             trial.close()
 
 
-def summary(trial: Trial | None, first_rung: int) -> dict[str, Any]:
-    """What W&B shows of a run in its table; nothing of a trial that could not be started."""
+def summary(trial: Trial | None, first_rung: int, evaluations: int) -> dict[str, Any]:
+    """What W&B shows of a run in its table; nothing of a trial that could not be started.
+
+    `evaluations` are those of a whole budget.
+    """
     if trial is None:
         return {}
     lowest = best(trial.evaluations)
@@ -294,5 +305,5 @@ def summary(trial: Trial | None, first_rung: int) -> dict[str, Any]:
         "best_eval_loss": lowest.loss if lowest else None,
         "best_step": lowest.step if lowest else None,
         "first_rung_eval_loss": next((e.loss for e in trial.evaluations if e.evaluation == first_rung), None),
-        "budget_share": trial.step / trial.total_steps,
+        "budget_share": max((e.evaluation for e in trial.evaluations), default=0) / evaluations,
     }

@@ -48,7 +48,7 @@ def run(space: Path, *options: str, **variables: str) -> subprocess.CompletedPro
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
 
 

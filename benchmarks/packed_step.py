@@ -11,7 +11,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,12 +36,35 @@ def rows_of(tokens: int, rows: int, vocabulary: int) -> data.Rows:
     return data.Rows(ids, supervised, np.arange(rows + 1, dtype=np.int64) * tokens)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
+def alone_seconds(config: QLoRAConfig, job: Job, rows: data.Rows, steps: int) -> float:
+    """So many steps of one trial, after a first one."""
+    trial = QLoRATrial(config, job, None)
+    trial.train = rows
+    trial._train_step()
+    began = now()
+    for _ in range(steps):
+        trial._train_step()
+    spent = now() - began
+    trial.close()
+    return spent
+
+
+def packed_seconds(slots: list[Slot], base: Base, rows: data.Rows, at_once: int) -> float:
+    """A step of all slots, after a first one."""
+    began = 0.0
+    for _ in range(2):
+        began = now()
+        base.train(slots, rows, at_once)
+        for slot in slots:
+            slot.update()
+    return now() - began
+
+
+def now() -> float:
+    """Seconds, when the device has done what it was asked for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
 def measure(job: Job, dtype: str, batch: int, asked: argparse.Namespace) -> tuple[float, float, float]:
@@ -53,21 +75,9 @@ def measure(job: Job, dtype: str, batch: int, asked: argparse.Namespace) -> tupl
     rows = rows_of(asked.tokens, 256, base.config.vocab_size)
     alone, together = [], []
     for run in range(asked.runs + 1):
-        trial = QLoRATrial(configs[0], job, None)
-        trial.train = rows
-        trial._train_step()
-        spent = seconds(lambda: [trial._train_step() for _ in range(asked.slots)])  # noqa: B023
-        trial.close()
+        spent = alone_seconds(configs[0], job, rows, asked.slots)
         with Base(base, pad=0).lent() as lent:
-            slots = [Slot(config, 100, lent) for config in configs]
-
-            def step() -> None:
-                lent.train(slots, rows, asked.at_once)  # noqa: B023
-                for slot in slots:  # noqa: B023
-                    slot.update()
-
-            step()
-            packed = seconds(step)
+            packed = packed_seconds([Slot(config, 100, lent) for config in configs], lent, rows, asked.at_once)
         if run:  # the first warms up
             alone.append(spent)
             together.append(packed)

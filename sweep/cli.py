@@ -87,8 +87,11 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
         return EXIT_FAILED
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
-        console.print(f"Preempted by {outcome.reason}: {done}.", highlight=False)
-        console.print(f"The same command goes on: {again}", highlight=False, soft_wrap=True)
+        farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
+        console.print(farewell, highlight=False, soft_wrap=True)
+        if console.quiet:
+            with suppress(OSError):  # where standard error goes the same way
+                print(farewell, file=sys.stderr)
         return EXIT_PREEMPTED
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
     if outcome.winner is not None:

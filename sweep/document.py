@@ -133,8 +133,8 @@ def override(document: Document, assignment: str, rivals: dict[Key, Key]) -> Pro
 
     A key of `rivals` replaces its rival when that came from the file.
     """
-    place = f"--set {assignment}"
     dotted, equals, text = assignment.partition("=")
+    place = "--set ledger=…" if dotted.strip() == "ledger" else f"--set {assignment}"  # it may hold a password
     key: Key = tuple(int(part) if part.isdecimal() else part for part in dotted.strip().split("."))
     if not equals or "" in key:
         return Problem(place, None, "should be KEY=VALUE, such as budget.steps=40")

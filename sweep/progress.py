@@ -73,13 +73,13 @@ class Progress:
 
     def resumed(self, entries: Sequence[Entry]) -> None:
         self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        goes_on = "The sweep goes on" if self._ended_before < self.trials else "Nothing is left to do"
-        self.note(f"{goes_on}: {self._ended_before} trials are done, {self.trials} are asked for.")
+        unfinished = len(entries) - self._ended_before
+        goes_on = "The sweep goes on" if unfinished or self._ended_before < self.trials else "Nothing is left to do"
+        begun = f"{unfinished} unfinished, " if unfinished else ""
+        self.note(f"{goes_on}: {self._ended_before} trials are done, {begun}{self.trials} are asked for.")
 
     def started(self, entry: Entry) -> None:
-        again = " (goes on)" if entry.cost.steps else ""
-        if entry.reported > 0:
-            again = f" (goes on after evaluation {entry.reported})"
+        again = " again" if entry.cost.steps or entry.losses else ""
         self._rows[entry.number] = _Row(entry)
         self._say(f"trial {entry.number:3d} started{again}: {described(entry.config, self.searched)}")
 

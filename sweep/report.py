@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -95,28 +94,62 @@ def any_finished(entries: Sequence[Entry]) -> bool:
     return any(entry.state in (TrialState.COMPLETE, TrialState.PRUNED) for entry in entries)
 
 
-def export_best(ledger: Ledger, place: Place, model: str, tokenizer: Path | None) -> Entry | None:
-    """Make best/ from the checkpoint with the lowest validation loss of all that are there.
+def export_best(
+    ledger: Ledger, place: Place, model: str, tokenizer: Path | None, warn: Callable[[str], object]
+) -> Entry | None:
+    """Make best/ from the checkpoint with the lowest validation loss of all that are intact.
 
-    `tokenizer` is the directory of its files; without one, of a toy, only the configuration is written. Returns the
-    winner, None when no trial has a checkpoint.
+    What is in best/ stays when it is of a lower loss than those. `tokenizer` is the directory of its files; without
+    one, of a toy, only the configuration is written. Returns the trial of which best/ is, None when there is none;
+    `warn` is told when that is not the one with the lowest loss of the sweep.
     """
     entries = ledger.entries()
+    found = _lowest_intact(entries, place, warn)
+    before = _exported(place)
+    if before is not None and (found is None or before[1] < found[1]):
+        warn(f"best/ is left as it is, of trial {before[0]:03d}: its checkpoint is damaged or gone")
+        return entries[before[0]]
+    if found is None:
+        return None
+    winner, loss, kept = found
+    lowest = ranking(entries)[0]
+    if lowest.best is not None and lowest.best[1] < loss:
+        warn(
+            f"best/ is of trial {winner.number:03d} ({loss:.4f}): the checkpoint of trial {lowest.number:03d}"
+            f" ({lowest.best[1]:.4f}) is damaged or gone"
+        )
+    _export(ledger, place.paths, model, tokenizer, winner, kept)
+    place.push(place.paths.best)
+    return winner
+
+
+def _lowest_intact(
+    entries: Sequence[Entry], place: Place, warn: Callable[[str], object]
+) -> tuple[Entry, float, checkpoint.Checkpoint] | None:
+    """Of all checkpoints that are intact, that with the lowest validation loss, which is given, too, and its trial."""
     for entry in entries:
         place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
     kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
-    scored = [(found.loss, entry.number, entry, found) for entry, found in kept if found and found.loss is not None]
-    for _, _, winner, found in sorted(scored, key=lambda row: row[:2]):
+    scored = [(entry, found.loss, found) for entry, found in kept if found and found.loss is not None]
+    for entry, loss, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
+        place.pull_checkpoints(found.path.parent)
         try:
-            place.pull_checkpoints(found.path.parent)
             checkpoint.read(found.path)
         except ValueError as error:
-            warnings.warn(f"{error}; best/ is made of the next best checkpoint", stacklevel=2)
-            continue
-        _export(ledger, place.paths, model, tokenizer, winner, found)
-        place.push(place.paths.best)
-        return winner
+            warn(str(error))
+        else:
+            return entry, loss, found
     return None
+
+
+def _exported(place: Place) -> tuple[int, float] | None:
+    """Trial and loss of what is in best/, None when there is nothing."""
+    file = place.paths.best / "sweep.json"
+    place.pull_file(file)
+    if not file.exists():
+        return None
+    facts = json.loads(file.read_text())
+    return facts["trial"], facts["validation_loss"]
 
 
 def _export(

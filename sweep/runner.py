@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from sweep import report, tracking
 from sweep import spec as specs
@@ -111,7 +111,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         place.pull_file(paths.spec)
         _same_as_recorded(spec, paths)
-        ledger = _open(spec, paths, inputs) if paths.spec.exists() else None
+        ledger = _open(spec, paths, inputs, listener) if paths.spec.exists() else None
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
@@ -123,7 +123,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
             if ledger is None:
-                ledger = _open(spec, paths, inputs)
+                ledger = _open(spec, paths, inputs, listener)
             place.claim(ledger.noted("sweep_id"))
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
@@ -193,7 +193,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 drain=drain,
                 started=started,
             )
-            watch = Watch(drain, spec.trial_timeout)
+            watch = Watch(drain, spec.trial_timeout, alone=address == "local")
             scheduler = LedgerScheduler(
                 ledger,
                 settle=settled,
@@ -217,8 +217,11 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         if drain.cause not in ("signal", "breakdown"):
             tidy(ledger, place, spec.checkpoint.keep, emptied)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
-            winner = report.export_best(ledger, place, spec.model or spec.trainable, tokenizer)
+            winner = report.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
     seconds = time.monotonic() - began
+    kept_offline = tracking.kept_offline(tracked.directory)
+    if tracked.mode == "online" and kept_offline:
+        listener.note("W&B did not answer, or not in time, while the sweep ran")
     return Outcome(
         ledger=ledger,
         place=place,
@@ -226,7 +229,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         reason=drain.reason,
         exhausted=searcher.exhausted,
         winner=winner,
-        kept_offline=tracking.kept_offline(tracked.directory),
+        kept_offline=kept_offline,
         seconds=seconds,
     )
 
@@ -448,16 +451,25 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
         )
 
 
-def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str]) -> Ledger:
-    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about."""
+def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], listener: Listener) -> Ledger:
+    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about.
+
+    OSError when the database of a recorded one does not answer.
+    """
     begun = paths.spec.exists()
     place = without_password(spec.ledger) if spec.ledger else str(paths.ledger)
     if begun and not spec.ledger and not paths.ledger.exists():
         raise Refused(f"{paths.root} holds a sweep, but its ledger {place} is gone. {_NO_LEDGER}")
     try:
-        ledger = Ledger.at_url(spec.ledger, spec.name) if spec.ledger else open_journal(paths.ledger, spec.name)
+        if spec.ledger:
+            ledger = Ledger.at_url(spec.ledger, spec.name)
+        else:
+            ledger = open_journal(paths.ledger, spec.name, listener.note)
     except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        raise Refused(f"ledger: {place} cannot be opened ({' '.join(str(error).split())})") from error
+        why = f"ledger: {place} cannot be opened ({' '.join(str(error).split())})"
+        if begun and isinstance(error, OperationalError):
+            raise OSError(why) from error
+        raise Refused(why) from error
     recorded = ledger.noted("inputs")
     if begun and recorded is None:
         raise Refused(f"{paths.root} holds a sweep, but {place} knows nothing of it. {_NO_LEDGER}")

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import ray
@@ -58,29 +59,28 @@ class Listener(Protocol):
 
 def shielded(listener: Listener) -> Listener:
     """The listener, whose own troubles are said and end nothing."""
-    return cast(Listener, _Shielded(listener))
 
-
-class _Shielded:
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def listen(*what: Any) -> None:
+    def shield(listen: Callable[..., None]) -> Callable[..., None]:
+        def told(*what: Any) -> None:
             try:
-                getattr(self._listener, name)(*what)
-            except Exception as error:  # noqa: BLE001
+                listen(*what)
+            except Exception as error:  # noqa: BLE001 - it is told; a sweep does not end for its display
                 warnings.warn(f"the progress display failed: {type(error).__name__}: {error}", stacklevel=2)
 
-        return listen
+        return told
+
+    methods = ("note", "resumed", "started", "advanced", "ended")
+    return cast(Listener, SimpleNamespace(**{name: shield(getattr(listener, name)) for name in methods}))
 
 
 class Watch(tune.Callback, tune.Stopper):
     """Kills processes that give no sign of life, sees machines that are taken away, and ends Tune's loop when the sweep
     has drained."""
 
-    def __init__(self, drain: Drain, trial_timeout: float) -> None:
+    def __init__(self, drain: Drain, trial_timeout: float, *, alone: bool) -> None:
+        """`alone`: the cluster is this machine, and nobody brings it back when Ray has ended here."""
         self._drain = drain
+        self._alone = alone
         self._heard: dict[str, float] = {}  # Ray's trial id -> time.monotonic() of its newest sign of life
         self._told: set[str] = set()  # of which a result has come
         self._unsaved = 0
@@ -106,6 +106,8 @@ class Watch(tune.Callback, tune.Stopper):
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
             self.draining = set(ray._private.state.state.get_draining_nodes())  # as Ray Train asks: no public way
+            if self._alone and not any(node["Alive"] for node in ray.nodes()):
+                self._drain.request("breakdown", "Ray has ended on this machine, and the trials with it")
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
             number = trial.config["assignment"].number
@@ -150,13 +152,13 @@ class LedgerScheduler(FIFOScheduler):
         lease: Lease,
         watch: Watch,
     ) -> None:
-        """`settle` decides on the newest report of a trial and says whether it is over."""
+        """`settle` decides on the newest report of a trial and says whether it is over; `listener` is `shielded`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._ledger = ledger
         self._settle = settle
         self._put_back = put_back
         self._drain = drain
-        self._listener = shielded(listener)
+        self._listener = listener
         self._lease = lease
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on

@@ -17,7 +17,7 @@ from sweep import space as spaces
 from sweep.document import Problem as Problem
 from sweep.document import SpecError as SpecError
 from sweep.space import DEFAULTS, Space
-from sweep.validation import Faults, Key, did_you_mean, gathering, listed, shown, unknown_key, validated
+from sweep.validation import Faults, Invalid, Key, did_you_mean, gathering, listed, shown, unknown_key, validated
 from trainables.config import DataConfig
 from trainables.protocol import Budget as TrialBudget
 
@@ -51,7 +51,8 @@ def _file_name(name: str) -> str:
 
 def _url(text: str) -> str:
     if "://" not in text:
-        raise ValueError("should be an Optuna storage URL such as sqlite:///sweep.db")
+        received = "what may hold a password" if "@" in text else shown(text)
+        raise Invalid([((), f"received {received}, should be the URL of a database such as sqlite:///sweep.db")])
     return text
 
 
@@ -182,7 +183,8 @@ class SweepSpec(Section):
     storage: Annotated[str, Field(min_length=1), AfterValidator(_store)] = "sweeps"
     """Where sweep directories are made: a directory, relative to the working directory, or `s3://bucket/prefix`."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
-    """Any Optuna storage URL, a must on s3://; a journal file in the sweep directory unless given."""
+    """URL of a database that Optuna can keep a study in, a must on s3://; a journal file in the sweep directory unless
+    given."""
     trial_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a sign of life (the loading of the model counts as none) after which a trial's process is killed;
     a second time, the trial fails."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -227,7 +227,7 @@ class Ledger:
         return self._study.get_trials(deepcopy=False)
 
 
-def open_journal(path: Path, name: str) -> Ledger:
+def open_journal(path: Path, name: str, warn: Callable[[str], object] = warnings.warn) -> Ledger:
     """The ledger in the journal file at `path`, made when it is not there. The caller holds the driver's lock.
 
     A last line without its end (the machine died in the middle of an append) is cut off with a warning. Damage
@@ -237,7 +237,9 @@ def open_journal(path: Path, name: str) -> Ledger:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            warnings.warn(f"{path}: the last line is torn ({len(content) - whole} bytes), cut off", stacklevel=2)
+            warn(
+                f"{path}: the last line is torn ({len(content) - whole} bytes) and cut off; what it said is done again"
+            )
             with path.open("r+b") as stream:
                 stream.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):

@@ -4,11 +4,12 @@ One process serves many trials, one after another; what they share (imports, the
 """
 
 import importlib
+import json
 import os
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -29,6 +30,8 @@ WAIT_SECONDS = 9.0
 """How long an ending process waits for W&B; Ray kills it after 10."""
 ASK_SECONDS = 5.0
 """How often an object store is asked whether the driver still is the driver."""
+COST = "cost.json"
+"""File in a checkpoint: what the trial had used by then."""
 NOTHING = Slice((), None, None, False, 0)
 
 
@@ -139,7 +142,6 @@ class SlicedTrial(tune.Trainable):
 
     def _told(self, slice_: Slice) -> dict[str, Any]:
         """What the driver gets to know of a slice."""
-        self._cost = self._cost.plus(slice_)
         notes, self._notes = self._notes, []
         return {
             "slice": slice_,
@@ -159,6 +161,7 @@ class SlicedTrial(tune.Trainable):
             slice_ = Slice((), evaluation, None, self._trial.step == self._trial.total_steps, 0)
         else:
             slice_ = self._trial.advance(SLICE_SECONDS)
+            self._cost = self._cost.plus(slice_)
         assert self._run is not None
         # Before the checkpoint: a kill between the two then repeats rows, which tracking knows, and loses none.
         tracking.log(self._run, slice_)
@@ -223,6 +226,11 @@ class SlicedTrial(tune.Trainable):
         self._place.pull_checkpoints(self._directory)
         try:
             found = checkpoint.newest(self._directory, self._notes.append)
+            if found is not None:
+                self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
+                # The driver may not have got to know of the slice that led there.
+                costs = mine.cost, Cost(**json.loads((found.path / COST).read_text()))
+                self._cost = max(costs, key=lambda cost: (cost.steps, cost.tokens))
             trial: Trial = module.start(mine.config, self._job(), found)
         finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
             self._run = self._run or self._record()
@@ -275,6 +283,7 @@ class SlicedTrial(tune.Trainable):
         """Write the checkpoint's files; it gets its name only as long as this process may write at all."""
         assert self._trial is not None
         self._trial.save(directory)
+        (directory / COST).write_text(json.dumps(asdict(self._cost)))
         self._assert_lease()
 
     def _leave(self, state: tracking.State, reason: str | None) -> None:

@@ -126,7 +126,7 @@ def test_damage_is_seen_and_the_one_before_is_used(tmp_path, damage, words):
     damage(write(tmp_path, 20, FIRST, SECOND).path)
     with pytest.raises(ValueError, match=words):
         checkpoint.read(tmp_path / "step-000020")
-    with pytest.warns(UserWarning, match=r"step-000020 .*; the one before it is used"):
+    with pytest.warns(UserWarning, match=r"step-000020 .*; step-000010, the one before it, is used"):
         assert checkpoint.newest(tmp_path) == before
 
 

@@ -182,14 +182,32 @@ def test_a_ledger_that_cannot_be_opened(space, url):
     assert not (space.parent / "sweeps/toy").exists()
 
 
+def test_a_malformed_ledger_url_is_not_repeated(space):
+    """It may hold a password."""
+    refused = sweeps.run(space, "--set", "ledger=me:secret@host")
+    assert refused.returncode == 2
+    assert (
+        "--set ledger=…: ledger: received what may hold a password, should be the URL of a database" in refused.stderr
+    )
+    assert "secret" not in refused.stdout + refused.stderr
+
+
 def test_a_ledger_in_a_database(undisturbed, space):
-    """Any Optuna storage URL does; its password is not written down; the directory alone is no sweep."""
+    """That of any database does; its password is not written down; the directory alone is no sweep."""
     _, _, expected = undisturbed
     url = f"sqlite:///{space.parent}/ledger.db"
     done = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
     assert done.returncode == 0, done.stdout + done.stderr
     entries = Ledger.at_url(url, "toy").entries()
     assert sweeps.history(entries) == sweeps.history(expected[:2])
+    database = space.parent / "ledger.db"
+    database.rename(space.parent / "away")
+    database.mkdir()  # it cannot be reached: no fault of the input
+    failed = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
+    assert failed.returncode == 1
+    assert "The same command goes on" in failed.stdout
+    database.rmdir()
+    (space.parent / "away").rename(database)
     refused = sweeps.run(space, "--set", "search.trials=2")  # without the URL
     assert refused.returncode == 2
     assert "toy holds a sweep, but its ledger" in refused.stderr

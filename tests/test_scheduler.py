@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 from ray.tune.schedulers import TrialScheduler
 
 from sweep.preemption import Drain
-from sweep.scheduler import LedgerScheduler, Watch
+from sweep.scheduler import LedgerScheduler, Watch, shielded
 from sweep.trainable import Failure
 from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost, Evaluation, Slice
@@ -30,9 +30,9 @@ def scheduler(ledger, drain, put_back=None):
         settle=lambda number: False,
         put_back=put_back or (lambda number: None),
         drain=drain,
-        listener=Broken(),
+        listener=shielded(Broken()),
         lease=SimpleNamespace(holds=lambda: True),
-        watch=Watch(drain, 9.0),
+        watch=Watch(drain, 9.0, alone=False),
     )
 
 

@@ -190,6 +190,7 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("a key in the URL", "name: demo", "name: demo\nstorage: s3://me:key@bucket", 2, ["alone; keys and endpoint"]),
     ("no ledger on S3", "name: demo", "name: demo\nstorage: s3://bucket/x", 1, ["ledger: is missing", "postgresql://"]),
     ("ledger", "name: demo", "name: demo\nledger: a.db", 2, ['ledger: received "a.db"', "sqlite:///"]),
+    ("a password", "name: demo", "name: demo\nledger: me:planted@h", 2, ["ledger: received what may hold a password"]),
     ("name with ..", "name: demo", "name: ../demo", 1, ['name: received "../demo"', "a file name", "letters"]),
     ("name with a dot", "name: demo", "name: .demo", 1, ["a file name"]),
     ("name inside ..", "name: demo", "name: a..b", 1, ["a file name"]),

@@ -86,12 +86,17 @@ def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Ch
         target = trial_dir / replaced.name.split(".")[1]
         if not target.exists():
             replaced.rename(target)
+    found = None
+    damaged = []
     for path in sorted(_all(trial_dir), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         try:
-            return read(path)
+            found = read(path)
+            break
         except ValueError as error:
-            warn(f"{error}; the one before it is used")
-    return None
+            damaged.append(str(error))
+    for what in damaged:
+        warn(f"{what}; {f'{found.path.name}, the one before it, is used' if found else 'none is left'}")
+    return found
 
 
 def before(found: Checkpoint) -> Path | None:

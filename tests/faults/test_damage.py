@@ -1,6 +1,7 @@
 """Files that were torn or altered behind our back."""
 
 import json
+import shutil
 
 import psutil
 import pytest
@@ -33,8 +34,29 @@ def test_a_byte_flipped_in_a_checkpoint(undisturbed, killed, file):
     done = sweeps.run(killed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"checkpoint {damaged} is " in done.stdout
-    assert "the one before it is used" in done.stdout
+    assert f"{before.name}, the one before it, is used" in done.stdout
     assert sweeps.history(sweeps.entries(killed)) == sweeps.history(expected)
+
+
+def test_the_winners_checkpoint_damaged(undisturbed, tmp_path):
+    """What was exported stays; when that is gone, too, the next best is, and it is said."""
+    shutil.copytree(undisturbed[0].parent, tmp_path / "copy")
+    space = tmp_path / "copy" / undisturbed[0].name
+    root = space.parent / "sweeps/toy"
+    exported = (root / "best/sweep.json").read_text()
+    facts = json.loads(exported)
+    (root / f"trials/{facts['trial']:03d}/step-{facts['step']:06d}/state.json").write_text("junk")
+    again = sweeps.run(space)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stderr == ""
+    assert f"best/ is left as it is, of trial {facts['trial']:03d}" in again.stdout
+    assert (root / "best/sweep.json").read_text() == exported
+    shutil.rmtree(root / "best")
+    again = sweeps.run(space)
+    assert again.returncode == 0, again.stdout + again.stderr
+    other = json.loads((root / "best/sweep.json").read_text())
+    assert other["validation_loss"] > facts["validation_loss"]
+    assert f"best/ is of trial {other['trial']:03d} ({other['validation_loss']:.4f}): the checkpoint of" in again.stdout
 
 
 def test_the_ledgers_last_line_torn(undisturbed, killed):

@@ -1,7 +1,6 @@
 """Two real Ray nodes: one is taken away, with notice or without, and its trial goes on at the other."""
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def disturbed(space: Path, address: str, disturb: Callable[[], None]) -> str:
     process = sweeps.start(space, *FOUR_TRIALS, "--address", address)
     trials = space.parent / "sweeps/toy/trials"
     sweeps.wait_until(lambda: len({found.parent for found in trials.glob("*/step-*")}) == 2, process)
-    time.sleep(1)  # the driver gets to know of the evaluation after its checkpoint is there
     disturb()
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output

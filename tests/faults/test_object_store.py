@@ -116,7 +116,6 @@ def test_a_node_is_killed(store, database, space, tmp_path):
         sweeps.wait_until(
             lambda: len({path.rpartition("/")[0] for path in checkpoints(client, "mine/nodes/trials")}) == 2, process
         )
-        time.sleep(2)  # the driver gets to know of the evaluation after its checkpoint is there
         nodes.kill(first)
         output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -100,12 +101,20 @@ def test_several_trials_are_saved(space):
 
 def test_a_reader_that_goes_away_ends_nothing(space):
     """As in `… | tee log`, where Ctrl-C ends tee first: the sweep goes on unseen, and drains as ever."""
-    process = sweeps.start(space, TOY_STEP_SECONDS="0.5")
+    with (space.parent / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            sweeps.command(space),
+            cwd=space.parent,
+            env=sweeps.environment(TOY_STEP_SECONDS="0.5"),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
     process.stdout.readline()
     process.stdout.close()
     sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 75
+    assert "The same command goes on: python -m sweep run" in (space.parent / "errors").read_text()
     assert checkpoint.newest(first_trial(space)) is not None
 
 

@@ -14,7 +14,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -55,8 +54,6 @@ class Plan:
     """What all layers of a base look up during a pass."""
 
     parts: tuple[Part, ...] = ()
-    dequantised: int = 0
-    """How often a layer was dequantised so far."""
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     """Makes autograd come to the first layer, too, whose input needs no gradient."""
 
@@ -79,7 +76,6 @@ class PackedLinear(torch.nn.Module):
         """(out, in), dequantised."""
         packed = self.replaced.weight
         assert isinstance(packed, Params4bit)
-        self.plan.dequantised += 1
         weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
         return weight
 
@@ -101,7 +97,7 @@ def packed(base: PreTrainedModel, plan: Plan) -> Iterator[dict[int, tuple[str, i
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, anchor: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: PackedLinear) -> Tensor:
         kept: list[Tensor] = []
         used: list[tuple[Part, LowRank, bool]] = []
         y = F.linear(x, layer.weight(), layer.replaced.bias)
@@ -120,7 +116,7 @@ class _Apply(torch.autograd.Function):
             kept.append(low)
             used.append((part, pair, part.dropout > 0))
         ctx.save_for_backward(x, *kept)
-        ctx.layer, ctx.used = layer, used  # type: ignore[attr-defined]
+        ctx.layer, ctx.used = layer, used
         return y
 
     @staticmethod

@@ -373,7 +373,9 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
     try:
         with shielded_from_signals():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:
+        if address == "local":  # on a machine that is overloaded, as Ray waits for 30 s
+            raise OSError(f"Ray did not start on this machine: {error}") from error
         raise Refused(
             f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
         ) from error

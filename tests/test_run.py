@@ -164,6 +164,16 @@ def test_a_gpu_asked_for_and_none_present(space):
     assert not (space.parent / "sweeps/toy").exists()
 
 
+def test_ray_that_does_not_start_in_time(space):
+    failed = sweeps.run(space, RAY_gcs_server_port_wait_time_s="0")
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "Ray did not start on this machine: Timed out" in failed.stdout
+    assert "The same command goes on" in failed.stdout
+    assert "Traceback" not in failed.stdout + failed.stderr
+    done = sweeps.run(space, "--set", "search.trials=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_an_address_where_nothing_listens(space):
     refused = sweeps.run(space, "--address", "127.0.0.1:9")
     assert refused.returncode == 2

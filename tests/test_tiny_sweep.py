@@ -93,7 +93,7 @@ def test_a_process_that_dies_before_the_first_trial(inputs, tmp_path):
     process = sweeps.start(space, "--set", "space.target_modules=[q_proj]")
 
     def checking() -> list[psutil.Process]:
-        return [p for p in psutil.Process(process.pid).children(recursive=True) if "check" in " ".join(p.cmdline())]
+        return [p for p in psutil.Process(process.pid).children(recursive=True) if "check" in p.name()]
 
     for _ in range(3):  # the first two are replaced
         sweeps.wait_until(lambda: len(checking()) > 0, process)

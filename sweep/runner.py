@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import report, tracking
+from sweep import engine, report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
@@ -104,6 +105,11 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
+    if spec.packing.slots > 1 and address != "local":
+        raise Refused(
+            f"packing.slots: received {spec.packing.slots}, trials are packed on one machine only; leave out --address,"
+            " or set packing.slots=1"
+        )
     drain = Drain()
     winner = None
     emptied: set[int] = set()
@@ -133,6 +139,27 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
 
             first_rung = spec.early_stopping.grace if spec.early_stopping else 1
 
+            slots = spec.packing.slots
+            limit = min(concurrency * slots, spec.resources.concurrency or concurrency * slots)
+            engines = [
+                engine.launch(spec.resources.cpus, spec.resources.gpus, slots)
+                for _ in range(min(concurrency, -(-min(limit, spec.search.trials) // slots)) if slots > 1 else 0)
+            ]
+            on_engine: dict[int, int] = {}
+
+            def engine_for(number: int, running: Sequence[int]) -> Any:
+                """The engine with the fewest trials; each forgets those that it has no longer."""
+                if not engines:
+                    return None
+                loads = Counter(on_engine[other] for other in running if other != number and other in on_engine)
+                chosen = min(range(len(engines)), key=lambda i: loads[i])
+                for other, where in list(on_engine.items()):
+                    if other not in running or (other == number and where != chosen):
+                        engines[where].call.remote("forget", other)
+                        del on_engine[other]
+                on_engine[number] = chosen
+                return engines[chosen]
+
             def assign(entry: Entry) -> Assignment:
                 entries = ledger.entries()
                 running = [other.number for other in entries if other.state is TrialState.RUNNING]
@@ -153,6 +180,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     sweep_id=ledger.noted("sweep_id"),
                     searched=spec.space.searched,
                     checkpoint_minutes=spec.checkpoint.every,
+                    engine=engine_for(entry.number, running),
                 )
 
             def started(entry: Entry) -> None:
@@ -186,7 +214,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             searcher = LedgerSearcher(
                 ledger,
                 trials=spec.search.trials,
-                concurrency=min(concurrency, spec.resources.concurrency or concurrency),
+                concurrency=limit,
                 propose=ask,
                 settle=settled,
                 assign=assign,
@@ -204,7 +232,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 watch=watch,
             )
             if not drain():
-                _tune(searcher, scheduler, watch, drain, spec.resources.cpus, spec.resources.gpus)
+                asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
+                _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
                 for note in watch.unsaved():
                     listener.note(note)
         if drain.cause != "signal":
@@ -603,16 +632,14 @@ def _usual_default(space: Space) -> list[dict[str, Any]]:
         return []
 
 
-def _tune(
-    searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, cpus: float, gpus: float
-) -> None:
+def _tune(searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any) -> None:
     """Let Ray Tune run what the searcher hands out. Nothing of its own files is ever read: they go when it is done."""
     # Tune sends the driver's AWS keys to trials, through Ray's logs and its server; each machine has its own.
     kept_here = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(kept_here)
     with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(SlicedTrial, {"cpu": cpus, "gpu": gpus}),
+            tune.with_resources(SlicedTrial, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,

@@ -5,6 +5,7 @@ ledger true: what was reported but not decided is decided when the trial is adop
 """
 
 import errno
+import math
 import os
 import socket
 import time
@@ -31,6 +32,8 @@ BREAKDOWNS = 5
 """So many errors and lost processes without progress between them end the sweep: the machine needs help."""
 ACCIDENTS = 8
 """So often a trial may break down in one run; two deaths for each of three halvings, and two more, are eight."""
+ENGINE_SECONDS = 30.0
+"""In this time all trials of an engine have told that it is lost."""
 LOOK_SECONDS = 1.0
 """How often the cluster is asked which of its machines are taken away."""
 REACH_SECONDS = 1.0
@@ -116,6 +119,8 @@ class Watch(tune.Callback, tune.Stopper):
             if silent_for > self.trial_timeout and number not in self.silenced and actor is not None:
                 self.silenced.add(number)
                 ray.kill(actor)
+                if (engine := trial.config["assignment"].engine) is not None:
+                    ray.kill(engine, no_restart=False)  # it may be what hangs
         # A trial that has told nothing yet loads its model still: there is nothing to wait for.
         self._unsaved = sum(trial.trial_id in self._told for trial in running)
 
@@ -163,6 +168,7 @@ class LedgerScheduler(FIFOScheduler):
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
+        self._engine_ended = -math.inf  # time.monotonic() when the loss of an engine was last counted
         self._leaving: dict[int, str] = {}  # trials whose process was asked to end, and why
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -305,10 +311,22 @@ class LedgerScheduler(FIFOScheduler):
             why = f"{os.strerror(failure.errno)}: {_where_space_went(self._lease.place.paths.root)}"
             self._drain.request("breakdown", why)
             return None
+        if failure.engine:
+            self._engine_lost(number, failure.reason)
+            return "lost its engine"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
+
+    def _engine_lost(self, number: int, reason: str) -> None:
+        """All trials of an engine tell of its end; it counts once."""
+        self._accidents[number] += 1
+        now = time.monotonic()
+        if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:
+            self._engine_ended = now
+            self._accidents[number] -= 1
+            self._broke_down(number, reason)
 
     def _halve(self, number: int, halvings: int, why: str) -> None:
         self._ledger.halve(number, halvings)

@@ -28,7 +28,7 @@ RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", 
 
 FREE = {"budget.hours", "search.trials", "storage", "ledger", "trial_timeout"}
 """Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
-FREE_SECTIONS = {"tracking", "resources", "preemption", "checkpoint"}
+FREE_SECTIONS = {"tracking", "resources", "packing", "preemption", "checkpoint"}
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
 
@@ -134,11 +134,19 @@ class Resources(Section):
     """What one trial gets, and how many run at a time."""
 
     cpus: Annotated[float, Field(gt=0)] = 1.0
-    """CPU cores of a trial."""
+    """CPU cores of a trial, or of the process that trains `packing.slots` of them."""
     gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = 0.0
-    """GPUs of a trial; 0.5 puts two on one."""
+    """GPUs of the same; 0.5 puts two on one."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Trials at a time; as many as the machine has room for unless given."""
+
+
+class Packing(Section):
+    """Trials that share a device: their rows go through one 4-bit base together."""
+
+    slots: Annotated[int, Field(ge=1)] = 1
+    """Trials that one process trains together over one 4-bit base, on what `resources` gives to one; 1 gives each trial
+    a process of its own."""
 
 
 class Preemption(Section):
@@ -180,6 +188,8 @@ class SweepSpec(Section):
     """Weights & Biases."""
     resources: Resources = Resources()
     """What a trial gets."""
+    packing: Packing = Packing()
+    """Trials that share a device."""
     storage: Annotated[str, Field(min_length=1), AfterValidator(_store)] = "sweeps"
     """Where sweep directories are made: a directory, relative to the working directory, or `s3://bucket/prefix`."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
@@ -317,6 +327,8 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
         if given("space") and found.get("resources.gpus") == 0 and PAGED in found["space"].values("optimizer"):
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
+    if found.get("trainable") == "toy" and found.get("packing.slots", 1) > 1:
+        yield ("packing", "slots"), f"received {found['packing.slots']}, only qlora_sft trials are packed"
     if "://" in str(found.get("storage", "")) and "ledger" in found and found["ledger"] is None:
         why = "an object store cannot append to a ledger file"
         yield ("ledger",), f"is missing; {why}, so name a database, such as postgresql://USER@HOST/DATABASE"

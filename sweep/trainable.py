@@ -18,6 +18,7 @@ import ray
 from ray import tune
 
 from sweep import tracking
+from sweep.engine import EngineLost, PackedTrial
 from sweep.place import Place
 from sweep.repair import may_halve
 from trainables import checkpoint
@@ -56,12 +57,15 @@ class Failure:
     """Of the operating system."""
     environment: bool
     """Whether files, network or memory of the machine are to blame rather than the configuration."""
+    engine: bool
+    """Whether the engine was lost, with all its trials."""
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         reason = f"{type(error).__name__}: {error}".strip()
-        environment = isinstance(error, OSError | MemoryError | ImportError)
-        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment)
+        lost = isinstance(error, EngineLost)
+        environment = lost or isinstance(error, OSError | MemoryError | ImportError)
+        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, lost)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Assignment:
     searched: tuple[str, ...]
     """Hyperparameters that differ between trials."""
     checkpoint_minutes: float
+    engine: Any
+    """Handle of the engine (`sweep.engine`) that trains it; None when its own process does."""
 
 
 class SlicedTrial(tune.Trainable):
@@ -142,12 +148,13 @@ class SlicedTrial(tune.Trainable):
 
     def _told(self, slice_: Slice) -> dict[str, Any]:
         """What the driver gets to know of a slice."""
-        notes, self._notes = self._notes, []
+        notes = [*self._notes, *tracking.notes()]
+        self._notes.clear()
         return {
             "slice": slice_,
             "cost": self._cost,
             "banner": self._banner,
-            "notes": [*notes, *tracking.notes()],
+            "notes": notes,
             "halvings": self._assignment.job.halvings,
             "node": ray.get_runtime_context().get_node_id(),
             "failure": None,
@@ -156,22 +163,28 @@ class SlicedTrial(tune.Trainable):
     def _advance(self) -> Slice:
         if self._trial is None:
             self._trial = self._enter()
+        due = False
         if self._unreported:
             evaluation, *self._unreported = self._unreported
             slice_ = Slice((), evaluation, None, self._trial.step == self._trial.total_steps, 0)
         else:
             slice_ = self._trial.advance(SLICE_SECONDS)
+            due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
+            if due and slice_.evaluation is None:
+                slice_ = slice_.followed_by(self._trial.hold())
             self._cost = self._cost.plus(slice_)
-        assert self._run is not None
         # Before the checkpoint: a kill between the two then repeats rows, which tracking knows, and loses none.
-        tracking.log(self._run, slice_)
+        self._log(slice_)
         if slice_.evaluation is not None:
             self._reported = slice_.evaluation.evaluation
         evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
-        due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
         if slice_.failure is None and (evaluated or due):
             self._save()
         return slice_
+
+    def _log(self, slice_: Slice) -> None:
+        assert self._run is not None
+        tracking.log(self._run, slice_)
 
     def _make_room(self, reason: str) -> Slice:
         """Halve the micro-batch: the next slice goes on from here with it."""
@@ -194,8 +207,12 @@ class SlicedTrial(tune.Trainable):
         """
         reason = None
         try:
-            if self._trial is not None and self._trial.step > 0:
-                self._save()
+            if self._trial is not None:
+                slice_ = self._trial.hold()
+                self._cost = self._cost.plus(slice_)
+                self._log(slice_)
+                if self._trial.step > 0 and slice_.failure is None:
+                    self._save()
         except OSError as error:  # the checkpoint before it is intact, and so is the ledger
             reason = f"trial {self._assignment.number}: no last checkpoint: {error}"
         self._leave("preempted", reason)
@@ -218,7 +235,6 @@ class SlicedTrial(tune.Trainable):
 
     def _enter(self) -> Trial:
         mine = self._assignment
-        module = importlib.import_module(f"trainables.{mine.trainable}")
         self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
         self._place.claim(mine.sweep_id)
         self._begin_attempt()
@@ -231,12 +247,20 @@ class SlicedTrial(tune.Trainable):
                 # The driver may not have got to know of the slice that led there.
                 costs = mine.cost, Cost(**json.loads((found.path / COST).read_text()))
                 self._cost = max(costs, key=lambda cost: (cost.steps, cost.tokens))
-            trial: Trial = module.start(mine.config, self._job(), found)
+            trial = self._start(found)
         finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
             self._run = self._run or self._record()
         self._banner = trial.banner
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))
+        return trial
+
+    def _start(self, found: checkpoint.Checkpoint | None) -> Trial:
+        mine = self._assignment
+        if mine.engine is not None:
+            return PackedTrial(mine.engine, mine.number, mine.config, self._job(), found, self._notes)
+        module = importlib.import_module(f"trainables.{mine.trainable}")
+        trial: Trial = module.start(mine.config, self._job(), found)
         return trial
 
     def _begin_attempt(self) -> None:

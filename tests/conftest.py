@@ -1,8 +1,12 @@
 """The toy sweep that most tests of the framework run, disturb, and compare with."""
 
+import os
+
 import pytest
 
 from tests import sweeps
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several workers that wait for each other take minutes
 
 
 def pytest_collection_modifyitems(items):

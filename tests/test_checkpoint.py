@@ -114,7 +114,7 @@ def make_unreadable(path: Path) -> None:
         (tear_manifest, "torn"),
         (list_manifest, "torn"),
         (forget_files, "torn"),
-        (raise_format, "format 99, this version reads 1"),
+        (raise_format, "format 99, this version reads 2"),
         (alter_file, "weights was altered"),
         (shorten_file, "part/moments was altered"),
         (remove_file, "weights is missing"),

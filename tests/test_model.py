@@ -3,11 +3,12 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.tiny import make_tiny_llama
 from trainables import model
+from trainables.config import QLoRAConfig
+from trainables.packed.adapter import Adapter
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +31,24 @@ def loads(monkeypatch):
     return loaded
 
 
-def attach(base, r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", rslora=False):
-    return model.attach(base, r, alpha, dropout, target_modules, rslora)
+def adapter(base, **changed):
+    return Adapter(QLoRAConfig(**changed), base.layers, torch.device("cpu"), base.model.dtype)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
 def test_base_is_quantised_but_for_its_head(llama, quant_type, compute_dtype):
     base = model.base(llama, quant_type, compute_dtype, True)
-    linear = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    quantised = {name: module for name, module in linear.items() if isinstance(module, Linear4bit)}
-    assert set(linear) - set(quantised) == {"lm_head"}
-    assert len(quantised) == 2 * 7
-    for layer in quantised.values():
+    linear = [module for module in base.model.modules() if isinstance(module, torch.nn.Linear)]
+    quantised = [module for module in linear if isinstance(module, Linear4bit)]
+    assert [module for module in linear if module not in quantised] == [base.model.lm_head]
+    assert len(quantised) == len(base.layers) == 2 * 7
+    for layer in quantised:
         assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (quant_type, True)
-        assert (layer.compute_dtype, layer.support_avx512bf16_for_cpu) == (model.DTYPES[compute_dtype], False)
-    assert base.get_input_embeddings().weight.dtype == model.DTYPES[compute_dtype]
-    assert not base.training
-    assert not any(weight.requires_grad for weight in base.parameters())
+        assert layer.weight.quant_state.dtype == model.DTYPES[compute_dtype]
+    assert base.model.get_input_embeddings().weight.dtype == model.DTYPES[compute_dtype]
+    assert not base.model.training
+    assert not any(weight.requires_grad for weight in base.model.parameters())
 
 
 def test_a_warm_base_is_not_loaded_again(llama, loads):
@@ -75,47 +76,6 @@ def test_the_least_recently_used_base_goes_when_memory_is_short(llama, loads, mo
     assert len(loads) == 4
 
 
-def state_of(base):
-    """All that a trial could leave behind."""
-    return {
-        "modules": {name: type(module) for name, module in base.named_modules()},
-        "hooks": sum(
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in base.modules()
-        ),
-        "training": [name for name, module in base.named_modules() if module.training],
-        "trained": [name for name, weight in base.named_parameters() if weight.requires_grad],
-        "gradients": [name for name, weight in base.named_parameters() if weight.grad is not None],
-        "checkpointing": base.is_activation_checkpointing,
-        "attributes": sorted(vars(base)),
-    }
-
-
-def copies(base):
-    return [weight.detach().clone() for weight in base.parameters()]
-
-
-def test_an_adapter_leaves_the_base_clean(llama, recwarn):
-    base = model.base(llama, "nf4", "fp32", True)
-    weights, before = copies(base), state_of(base)
-    for _ in range(2):
-        adapted = attach(base, dropout=0.1)
-        adapted.train()
-        adapted(input_ids=torch.arange(10)[None]).logits.sum().backward()
-        model.detach(adapted)
-        assert state_of(base) == before
-        for old, new in zip(weights, copies(base), strict=True):
-            assert torch.equal(old, new)
-    assert not recwarn.list
-
-
-def test_a_base_carries_one_adapter_at_a_time(llama):
-    base = model.base(llama, "nf4", "fp32", True)
-    adapted = attach(base)
-    with pytest.raises(RuntimeError, match="close that trial first"):
-        attach(base)
-    model.detach(adapted)
-
-
 @pytest.mark.parametrize(
     ("target_modules", "endings"),
     [
@@ -123,29 +83,24 @@ def test_a_base_carries_one_adapter_at_a_time(llama):
         (("q_proj", "self_attn.v_proj"), {"q_proj", "v_proj"}),
     ],
 )
-@pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
-def test_adapted_layers(llama, target_modules, endings, compute_dtype):
-    adapted = attach(model.base(llama, "nf4", compute_dtype, True), target_modules=target_modules)
-    layers = [name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
-    assert {name.rpartition(".")[2] for name in layers} == endings
-    assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {torch.float32}
-    assert not any(module.training for module in adapted.modules())
-    model.detach(adapted)
+def test_adapted_layers(llama, target_modules, endings):
+    found = model.targets(model.base(llama, "nf4", "fp32", True), llama, target_modules)
+    assert {name.rpartition(".")[2] for name, _, _ in found.values()} == endings
+    assert len(found) == 2 * len(endings)
 
 
 @pytest.mark.parametrize("name", ["q_porj", "lm_head", "embed_tokens", "proj"])
 def test_a_target_that_matches_nothing_is_named_with_what_exists(llama, name):
     base = model.base(llama, "nf4", "fp32", True)
     with pytest.raises(ValueError, match=f"'{name}'.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
-        attach(base, target_modules=("q_proj", name))
-    model.detach(attach(base))
+        model.targets(base, llama, ("q_proj", name))
+    with pytest.raises(ValueError, match=f"'{name}'.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
+        model.check_target_modules(llama, [("q_proj", name)])
 
 
-@pytest.mark.parametrize(("rslora", "scaling"), [(False, 2.0), (True, 4.0)])
-def test_scaling(llama, rslora, scaling):
-    adapted = attach(model.base(llama, "nf4", "fp32", True), r=4, alpha=8.0, rslora=rslora)
-    assert {m.scaling["default"] for m in adapted.modules() if isinstance(m, BaseTunerLayer)} == {scaling}
-    model.detach(adapted)
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])
+def test_scale(llama, rslora, scale):
+    assert adapter(model.base(llama, "nf4", "fp32", True), r=4, alpha=8.0, rslora=rslora).scale == scale
 
 
 def test_bf16_products_on_a_cpu_without_bf16_are_those_of_fp32_rounded():
@@ -179,14 +134,12 @@ def test_footprint(llama, double_quant, constants):
     tables = 14 * (16 * 4 + (256 * 4 if double_quant else 0))
     expected = linear * (0.5 + constants) + 2 * (parameters - linear) + tables
     assert in_4 == pytest.approx(expected, rel=1e-3)
-    adapted = attach(base)
-    assert model.footprint(adapted) == (in_4, in_16, in_32)
-    assert model.banner(adapted, 4).endswith("adapter r=4 on 14 layers: 0.0 M parameters, 0.0 MB")
-    model.detach(adapted)
+    assert model.banner(base, adapter(base, r=4)).endswith("adapter r=4 on 14 layers: 0.0 M parameters, 0.0 MB")
 
 
 def test_weights_stored_in_another_4_bit_type_are_refused(llama, tmp_path, loads):
-    model.base(llama, "fp4", "fp32", True).save_pretrained(tmp_path)
+    fp4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=fp4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="stored in fp4, quant_type is nf4"):
         model.base(str(tmp_path), "nf4", "fp32", True)
 

@@ -1,24 +1,23 @@
-"""Trials that share a base: each computes what it computes alone, and what TRL computes."""
+"""Trials that share a base: each computes what it computes alone, and what PEFT and TRL compute."""
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from tests.test_qlora_sft import CONFIG, finish, losses, steps, train_with_trl
+from tests.test_qlora_sft import CONFIG, curve, finish, losses, steps, stock_base, train_with_trl
 from tests.test_qlora_sft import tiny as tiny  # a fixture
-from trainables import data, model, qlora_sft
+from trainables import checkpoint, model, qlora_sft
 from trainables.config import QLoRAConfig
+from trainables.packed import base as bases
 from trainables.packed import layers
-from trainables.packed.pack import Base, Slot, micro_batches
-from trainables.protocol import Job
-
-AT_ONCE = 256
-"""Tokens of a micro-batch: a step of the packs below takes several."""
+from trainables.protocol import Job, OutOfMemory, Step
+from trainables.qlora_sft import QLoRATrial, turn
 
 
 def config(**changed: object) -> QLoRAConfig:
@@ -26,156 +25,200 @@ def config(**changed: object) -> QLoRAConfig:
 
 
 MIXED = {
-    "ranks": [{"r": 4}, {"r": 16}, {"r": 7}],
+    "alike": [{"seed": 5}, {"seed": 6}, {"seed": 7}, {"seed": 8}],
+    "ranks": [{"r": 4}, {"r": 16}, {"r": 7}, {"r": 4, "seed": 9}],
     "alphas": [{"alpha": 1.0}, {"alpha": 64.0}],
-    "batch sizes": [{"batch_size": 1}, {"batch_size": 8}, {"batch_size": 3}],
+    "batch sizes": [{"batch_size": 1}, {"batch_size": 8}, {"batch_size": 3}, {"batch_size": 8}],
+    "accumulation": [{"batch_size": 8, "accumulation": 4}, {"batch_size": 8}, {"batch_size": 2}],
     "dropouts": [{"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.5}],
     "rslora": [{"rslora": True}, {"rslora": False}],
     "layers": [{"target_modules": ("q_proj", "down_proj")}, {}, {"target_modules": ("v_proj",)}],
     "schedules": [{"schedule": "constant"}, {"schedule": "linear", "warmup_ratio": 0.5, "weight_decay": 0.1}],
     "clipping": [{"max_grad_norm": 0.01}, {"max_grad_norm": 100.0}],
-    "seeds": [{"seed": 5}, {"seed": 6}, {"seed": 7}, {"seed": 8}],
+    "memory": [{"gradient_checkpointing": True, "dropout": 0.1}, {}],
 }
 
 
 class Pack:
-    """Slots on the base of a job, trained to the same number of steps."""
+    """Trials that go through their base together."""
 
-    def __init__(self, job: Job, configs: Sequence[QLoRAConfig], count: int) -> None:
-        tokens = data.load(Path(job.tokens))
-        first = configs[0]
-        self.rows = tokens.train
-        base = model.base(job.model, first.quant_type, first.compute_dtype, first.double_quant)
-        self.lending = Base(base, tokens.pad_token_id).lent()
-        self.base = self.lending.__enter__()
-        self.slots = [Slot(each, count, self.base) for each in configs]
-        self.losses: list[list[float]] = [[] for _ in configs]
-        self.norms: list[list[float]] = [[] for _ in configs]
+    def __init__(self, configs: Sequence[QLoRAConfig], job: Job) -> None:
+        self.trials = [QLoRATrial(each, job, None) for each in configs]
+        self.steps: list[list[Step]] = [[] for _ in configs]
 
-    def train(self, count: int) -> "Pack":
-        for _ in range(count):
-            shares = self.base.train(self.slots, self.rows, AT_ONCE)
-            for i, (slot, share) in enumerate(zip(self.slots, shares, strict=True)):
-                self.losses[i].append(share.loss / share.labels)
-                self.norms[i].append(slot.update())
+    def train(self, turns: int = 10**9) -> "Pack":
+        for _ in range(turns):
+            going = [trial for trial in self.trials if not trial.over]
+            if not going:
+                break
+            turn(going)
+            for trial, done in zip(self.trials, self.steps, strict=True):
+                done += trial.news().steps
         return self
 
-    def gradients(self) -> list[torch.Tensor]:
-        self.base.train(self.slots, self.rows, AT_ONCE)
-        return [slot.weights.grad.clone() for slot in self.slots]
+    def close(self) -> None:
+        for trial in self.trials:
+            trial.close()
 
 
 @pytest.fixture
 def pack(tiny):
-    """Makes packs whose bases are given back at the end."""
+    """Makes packs that are closed at the end."""
     made = []
 
-    def make(configs: Sequence[QLoRAConfig], count: int = 8) -> Pack:
-        while made:
-            made.pop().lending.__exit__(None, None, None)
-        made.append(Pack(tiny, configs, count))
+    def make(configs: Sequence[QLoRAConfig], job: Job = tiny) -> Pack:
+        made.append(Pack(configs, job))
         return made[-1]
 
     yield make
-    made.pop().lending.__exit__(None, None, None)
+    for each in made:
+        each.close()
 
 
 @pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
-def test_a_slot_computes_what_it_computes_alone(pack, mixed):
+def test_a_trial_computes_what_it_computes_alone(pack, mixed):
     configs = [config(**changed) for changed in mixed]
-    together = pack(configs).train(8)
+    together = pack(configs).train()
     for i, each in enumerate(configs):
-        alone = pack([each]).train(8)
-        assert together.losses[i] == pytest.approx(alone.losses[0], abs=1e-5)
-        assert together.norms[i] == pytest.approx(alone.norms[0], rel=1e-3)
-        assert together.slots[i].step == 8
+        alone = pack([each]).train()
+        assert losses(together.steps[i]) == pytest.approx(losses(alone.steps[0]), abs=1e-5)
+        assert [s.grad_norm for s in together.steps[i]] == pytest.approx(
+            [s.grad_norm for s in alone.steps[0]], rel=1e-3
+        )
+        evaluations, expected = together.trials[i].evaluations, alone.trials[0].evaluations
+        assert losses(evaluations) == pytest.approx(losses(expected), abs=1e-5)
+        assert [(e.evaluation, e.step, e.tokens) for e in evaluations] == [
+            (e.evaluation, e.step, e.tokens) for e in expected
+        ]
 
 
 @pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
-def test_the_gradients_of_the_first_step(pack, mixed):
+def test_the_gradients_of_the_first_step(pack, mixed, monkeypatch):
     """B is zero before the first step and would leave A without a gradient, so it is not."""
-    configs = [config(**changed) for changed in mixed]
+    found = {}
+    monkeypatch.setattr(QLoRATrial, "learn", lambda trial, *told: found.update({trial: trial.adapter.gradient.clone()}))
 
     def gradients(configs: Sequence[QLoRAConfig]) -> list[torch.Tensor]:
         made = pack(configs)
-        for slot in made.slots:
-            for name, weight in slot.named.items():
+        for trial in made.trials:
+            for name, weight in trial.adapter.named.items():
                 if "lora_B" in name:
                     weight.fill_(0.01)
-            slot.copy.copy_(slot.weights.detach())
-        return made.gradients()
+            trial.base.refresh(trial.adapter)
+        turn(made.trials)
+        return [found[trial] for trial in made.trials]
 
-    together = gradients(configs)
-    for i, each in enumerate(configs):
+    configs = [config(**changed) for changed in mixed]
+    for each, together in zip(configs, gradients(configs), strict=True):
         [alone] = gradients([each])
-        assert torch.linalg.vector_norm(together[i] - alone) <= 1e-5 * torch.linalg.vector_norm(alone)
+        assert torch.linalg.vector_norm(together - alone) <= 1e-5 * torch.linalg.vector_norm(alone)
 
 
-@pytest.mark.parametrize(("compute_dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
-def test_a_pack_and_a_trial_of_its_own(tiny, pack, compute_dtype, tolerance):
-    """From the same initial adapter, which is PEFT's to the last bit."""
-    configs = [config(compute_dtype=compute_dtype, seed=seed, batch_size=4) for seed in (1, 2, 3)]
-    job = Job(tiny.model, tiny.tokens, steps(50, 1))
-    expected, initial = [], []
-    for each in configs:
-        trial = qlora_sft.start(each, job, None)
-        initial.append({k: v.clone() for k, v in get_peft_model_state_dict(trial.adapted).items()})
-        expected.append(losses(finish(trial)[0]))
-        trial.close()
-    made = pack(configs, 50)
-    for slot, weights in zip(made.slots, initial, strict=True):
-        assert {f"base_model.model.{name}": view for name, view in slot.named.items()}.keys() == weights.keys()
-        assert all(torch.equal(view, weights[f"base_model.model.{name}"]) for name, view in slot.named.items())
-    made.train(50)
-    for ours, theirs in zip(made.losses, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=tolerance)
-        assert ours[-1] < ours[0] - 0.1
+def test_fifty_steps_in_bf16(pack, tiny):
+    job = replace(tiny, budget=steps(50, 1))
+    configs = [config(compute_dtype="bf16", seed=seed, batch_size=4, r=r) for seed, r in ((1, 8), (2, 8), (3, 16))]
+    together = pack(configs, job).train()
+    for i, each in enumerate(configs):
+        alone = pack([each], job).train()
+        assert losses(together.steps[i]) == pytest.approx(losses(alone.steps[0]), abs=0.02)
+        assert together.steps[i][-1].loss < together.steps[i][0].loss - 0.1
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ("q_proj", "down_proj")])
+def test_initial_weights_are_those_of_peft(pack, tiny, target_modules):
+    [trial] = pack([config(r=16, seed=11, target_modules=target_modules)]).trials
+    torch.manual_seed(11)
+    wanted = LoraConfig(r=16, target_modules=target_modules, task_type="CAUSAL_LM")
+    theirs = get_peft_model_state_dict(get_peft_model(stock_base(tiny), wanted))
+    ours = {f"base_model.model.{name}": weight for name, weight in trial.adapter.named.items()}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
 def test_a_pack_and_trl(tiny, pack, tmp_path):
+    job = replace(tiny, budget=steps(50, 1))
     configs = [config(seed=seed, batch_size=4, accumulation=2, learning_rate=5e-3) for seed in (1, 2)]
-    made = pack(configs, 50)
-    initial = [{f"base_model.model.{n}": view.clone() for n, view in slot.named.items()} for slot in made.slots]
-    made.train(50)
-    pack([configs[0]])  # gives the base back
-    theirs = train_with_trl(configs[1], tiny, initial[1], 50, tmp_path)
-    assert made.losses[1] == pytest.approx([logged["loss"] for logged in theirs], abs=1e-4)
+    made = pack(configs, job)
+    initial = {f"base_model.model.{n}": weight.clone() for n, weight in made.trials[1].adapter.named.items()}
+    made.train()
+    theirs = train_with_trl(configs[1], job, initial, 50, tmp_path)
+    assert losses(made.steps[1]) == pytest.approx([logged["loss"] for logged in theirs], abs=1e-4)
 
 
-@pytest.mark.parametrize("other", [{"seed": 99}, {"learning_rate": 0.5}, {"alpha": 1e4, "rslora": True}])
-def test_what_another_slot_does_changes_no_bit(pack, other):
-    """Rows of the other slot are of the same lengths, so that the shapes are unchanged."""
+@pytest.mark.parametrize("other", [{"seed": 99}, {"learning_rate": 0.5}, {"alpha": 1e4, "rslora": True}, {"r": 4}])
+def test_what_another_trial_does_changes_no_bit(pack, other):
+    """Rows of the other one are of the same lengths, so that the shapes are unchanged."""
     mine = config(seed=1, batch_size=40)  # all rows, in either order
-    expected = pack([mine, config(seed=2, batch_size=40)]).train(6)
-    disturbed = pack([mine, config(**{"seed": 2, "batch_size": 40, **other})]).train(6)
-    assert disturbed.losses[0] == expected.losses[0]
-    assert torch.equal(disturbed.slots[0].weights, expected.slots[0].weights)
-    assert disturbed.losses[1] != expected.losses[1]
+    before = {"seed": 2, "batch_size": 40, "r": other.get("r", CONFIG.r)}
+    expected = pack([mine, config(**before)]).train(6)
+    disturbed = pack([mine, config(**(before | {"seed": 3} | other))]).train(6)
+    assert losses(disturbed.steps[0]) == losses(expected.steps[0])
+    assert torch.equal(disturbed.trials[0].adapter.weights, expected.trials[0].adapter.weights)
+    assert losses(disturbed.steps[1]) != losses(expected.steps[1])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_with_its_slot(pack, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_with_its_trial(pack, value):
     configs = [config(seed=seed, batch_size=40) for seed in (1, 2, 3)]  # all rows: shapes are the same in each step
     expected = pack(configs).train(3)
     poisoned = pack(configs)
-    poisoned.slots[1].copy[5] = value
-    before = poisoned.slots[1].weights.detach().clone()
-    poisoned.train(3)
-    assert not np.isfinite(poisoned.losses[1][0])
-    assert poisoned.slots[1].step == 0
-    assert torch.equal(poisoned.slots[1].weights, before)
+    sick = poisoned.trials[1]
+    sick.adapter.weights[5] = value
+    sick.base.refresh(sick.adapter)
+    before = sick.adapter.weights.clone()
+    for _ in range(3):
+        turn(poisoned.trials)
+    assert sick.failure is not None
+    assert sick.step == 0
+    assert torch.equal(sick.adapter.weights.nan_to_num(), before.nan_to_num())
     for i in (0, 2):
-        assert poisoned.losses[i] == expected.losses[i]
-        assert torch.equal(poisoned.slots[i].weights, expected.slots[i].weights)
+        assert losses(poisoned.trials[i].news().steps) == losses(expected.steps[i])
+        assert torch.equal(poisoned.trials[i].adapter.weights, expected.trials[i].adapter.weights)
 
 
-def test_a_slot_that_waits_is_not_touched(pack):
-    made = pack([config(seed=1), config(seed=2)])
-    waiting = made.slots[1].weights.detach().clone()
-    made.base.train(made.slots[:1], made.rows, AT_ONCE)
-    made.slots[0].update()
-    assert torch.equal(made.slots[1].weights, waiting)
-    assert not made.slots[1].weights.grad.any()
+def test_a_trial_that_waits_is_not_touched(pack):
+    waiting, going = pack([config(seed=1), config(seed=2)]).trials
+    before = waiting.adapter.weights.clone()
+    turn([going])
+    assert torch.equal(waiting.adapter.weights, before)
+    assert not waiting.adapter.gradient.any()
+
+
+def test_a_trial_is_replaced_while_others_go_on(pack):
+    """What is left is moved in memory, and its numbers are not."""
+    configs = [config(seed=seed, dropout=0.1, r=r) for seed, r in ((1, 8), (2, 8), (3, 8), (4, 4))]
+    made = pack(configs[:3]).train(3)
+    made.trials.pop(1).close()
+    made.steps.pop(1)
+    made.trials += pack([configs[3]]).trials
+    made.steps.append([])
+    made.train()
+    for done, each in zip(made.steps, (configs[0], configs[2], configs[3]), strict=True):
+        assert losses(done) == pytest.approx(losses(pack([each]).train().steps[0]), abs=1e-5)
+
+
+def test_from_a_pack_to_alone_and_back(pack, tiny, tmp_path):
+    configs = [config(seed=seed, dropout=0.1, r=r) for seed, r in ((1, 8), (2, 8), (3, 4))]
+    never_stopped = pack(configs).train()
+    stopped = pack(configs).train(3)
+    for i, trial in enumerate(stopped.trials):
+        written = checkpoint.write(tmp_path / str(i), trial.step, trial.evaluations, trial.save)
+        alone = QLoRATrial(trial.config, tiny, written)
+        rest, _ = finish(alone)
+        alone.close()
+        expected = losses(never_stopped.steps[i])
+        assert losses(rest) == pytest.approx(expected[3:], abs=1e-5)
+        assert losses(alone.evaluations) == pytest.approx(losses(never_stopped.trials[i].evaluations), abs=1e-5)
+    alone = QLoRATrial(configs[0], tiny, None)
+    while alone.step < 2:
+        alone.advance(0.0)
+    written = checkpoint.write(tmp_path / "alone", alone.step, alone.evaluations, alone.save)
+    alone.close()
+    joined = pack(configs[1:])
+    joined.trials.append(QLoRATrial(configs[0], tiny, written))
+    joined.steps.append([])
+    joined.train()
+    assert losses(joined.steps[2]) == pytest.approx(losses(never_stopped.steps[0])[2:], abs=1e-5)
 
 
 def test_each_layer_is_dequantised_once_a_pass(pack, monkeypatch):
@@ -183,43 +226,73 @@ def test_each_layer_is_dequantised_once_a_pass(pack, monkeypatch):
     monkeypatch.setattr(
         layers, "dequantize_4bit", lambda *packed: dequantised.append(packed) or dequantize_4bit(*packed)
     )
-    made = pack([config(seed=seed, batch_size=2) for seed in range(8)])
-    made.base.train(made.slots, made.rows, 10**6)
+    trials = pack([config(seed=seed, batch_size=2) for seed in range(8)]).trials
+    turn(trials)
     # 14 layers forward and backward; that the first three, whose input is the embeddings, need no gradient of
     # their input spares them the second time
     assert len(dequantised) == 14 + 11
+    while trials[0].evaluation_due is None:
+        turn(trials)
     dequantised.clear()
-    made.base.score(made.slots, [made.rows[0], made.rows[1]])
+    turn(trials)
     assert len(dequantised) == 14
 
 
-def test_validation_loss_of_many_slots(tiny, pack):
-    configs = [config(seed=seed, dropout=0.5, batch_size=4) for seed in (1, 2)]
-    validation = data.load(Path(tiny.tokens)).validation
-    rows = [validation[i] for i in range(len(validation))]
-    together = pack(configs).train(4)
-    shares = together.base.score(together.slots, rows)
-    for i, each in enumerate(configs):
-        alone = pack([each]).train(4)
-        [share] = alone.base.score(alone.slots, rows)
-        assert share.labels == shares[i].labels
-        assert shares[i].loss / shares[i].labels == pytest.approx(share.loss / share.labels, abs=1e-5)
+def test_no_room_for_all_leaves_each_where_it_stood(pack, tiny, monkeypatch):
+    configs = [config(seed=seed, dropout=0.1) for seed in (1, 2)]
+    expected = [curve(each, tiny) for each in configs]
+    label_losses = bases.label_losses
+    room = 16
+
+    def scarce(*given):
+        found = label_losses(*given)
+        if len(given[1].input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    trials = pack(configs).trials
+    turn(trials)
+    room = 8
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        turn(trials)
+    assert [trial.step for trial in trials] == [1, 1]
+    for trial, (training, _) in zip(trials, expected, strict=True):
+        turn([trial])
+        assert losses(trial.news().steps) == pytest.approx(training[:2], abs=1e-5)
 
 
-def test_the_base_is_given_back(tiny, pack):
-    before = model.base(tiny.model, "nf4", "fp32", True)
-    modules = dict(before.named_modules())
-    made = pack([config()])
-    assert dict(before.named_modules()) != modules
-    made.train(1)
-    made.lending.__exit__(None, None, None)
-    assert dict(before.named_modules()) == modules
-    made.lending = made.base.lent()
-    made.lending.__enter__()
+def test_dropout_is_a_fair_coin_for_every_row_layer_and_place():
+    seeds = torch.from_numpy(np.random.SeedSequence(3).generate_state(64).astype(np.int64))
+    rates = torch.tensor([0.0, 0.05, 0.5, 0.9] * 16, dtype=torch.float64)
+    dropout = layers.Dropout.of(seeds, rates, 3, 100)
+    inputs = layers.input_hashes(576, torch.device("cpu"))
+    kept = torch.stack([dropout.kept(layer, inputs, torch.float32) for layer in range(3)])
+    assert kept.shape == (3, 64, 100, 576)
+    assert kept[:, 0::4].all()
+    for i, rate in ((1, 0.05), (2, 0.5), (3, 0.9)):
+        mine = kept[:, i::4].double()
+        spread = math.sqrt(rate * (1 - rate))
+        for over in ((0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):  # all; by layer, row, position, input
+            means = mine.mean(over)
+            draws = mine.numel() / means.numel()
+            assert (means - (1 - rate)).abs().max() < 5 * spread / math.sqrt(draws)
+        for one, other in ((mine[0], mine[1]), (mine[:, 0], mine[:, 1]), (mine[..., 1:], mine[..., :-1])):
+            correlation = ((one - 1 + rate) * (other - 1 + rate)).mean() / spread**2
+            assert abs(correlation) < 5 / math.sqrt(one.numel())
+    again = layers.Dropout.of(seeds[5:6], rates[5:6], 3, 40)  # in another micro-batch
+    assert torch.equal(again.kept(2, inputs, torch.float32)[0], kept[2, 5, :40])
 
 
-def test_micro_batches_waste_little():
-    rows = [(0, 10), (0, 64), (1, 12), (1, 60), (2, 11), (2, 200)]
-    batches = micro_batches(rows, 128)
-    assert sorted(place for batch in batches for place in batch) == list(range(6))
-    assert batches == [[0, 2, 4], [1, 3], [5]]  # by length, then by slot
+def test_two_bases_side_by_side(pack, tiny):
+    """Those of nf4 and of fp4 in one process."""
+    configs = [config(quant_type=quant_type) for quant_type in ("nf4", "fp4")]
+    trials = [pack([each]).trials[0] for each in configs]
+    assert trials[0].base is not trials[1].base
+    while not trials[0].over:
+        for trial in trials:
+            turn([trial])
+    for trial, each in zip(trials, configs, strict=True):
+        assert losses(trial.evaluations) == curve(each, tiny)[1]
+    assert model.base(tiny.model, "nf4", "fp32", True) is trials[0].base
+    assert qlora_sft.start(configs[0], tiny, None).base is trials[0].base

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 
@@ -20,6 +20,7 @@ from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import checkpoint, data, model, qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import DataConfig, QLoRAConfig
+from trainables.packed import base
 from trainables.protocol import Budget, Evaluation, Job, OutOfMemory, Slice, Step
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
@@ -154,7 +155,7 @@ def train_with_trl(
 
 def assert_trl_agrees(config: QLoRAConfig, job: Job, directory: Path) -> None:
     trial = qlora_sft.start(config, job, None)
-    weights = {name: weight.clone() for name, weight in get_peft_model_state_dict(trial.adapted).items()}
+    weights = {f"base_model.model.{name}": weight.clone() for name, weight in trial.adapter.named.items()}
     ours, _ = finish(trial)
     trial.close()
     theirs = train_with_trl(config, job, weights, trial.total_steps, directory)
@@ -232,7 +233,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(tiny):
 
 def test_loss_in_chunks(tiny, monkeypatch):
     whole = run(CONFIG, tiny)
-    monkeypatch.setattr(qlora_sft, "LOGITS_AT_ONCE", 320 * 5)
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 320 * 5)
     for ours, theirs in zip(whole, run(CONFIG, tiny), strict=True):
         assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
 
@@ -242,11 +243,10 @@ def test_a_batch_by_hand():
         (np.array([5, 6, 7], np.int32), np.array([True, False, True])),
         (np.array([8, 9, 10, 11], np.int32), np.array([False, True, True, False])),
     ]
-    batch = qlora_sft.collate(rows, pad=0, device=torch.device("cpu"))
+    batch = base.collate(rows, pad=0, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert batch.positions.tolist() == [1, 4, 5]
     assert batch.labels.tolist() == [7, 9, 10]
-    assert batch.tokens == 7
 
 
 @pytest.mark.parametrize(("schedule", "name"), [("cosine",) * 2, ("linear",) * 2, ("constant", "constant_with_warmup")])
@@ -377,21 +377,19 @@ def test_a_fresh_process_gives_the_bits_of_a_warm_one(tiny, tmp_path, monkeypatc
 
 
 def test_a_closed_trial_leaves_the_base_as_it_was(tiny):
-    def state(base) -> list:
-        hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in base.modules()]
-        return [type(m) for m in base.modules()] + [[bool(each) for each in three] for three in hooks]
-
-    base = model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant)
-    before = state(base)
-    trial = qlora_sft.start(CONFIG.model_copy(update={"gradient_checkpointing": True}), tiny, None)
-    assert trial.base is base
-    assert base.is_activation_checkpointing
-    trial.advance(0.0)
-    trial.close()
-    assert state(base) == before
-    assert not base.is_activation_checkpointing
-    assert not any(module.training for module in base.modules())
-    assert not any(weight.requires_grad or weight.grad is not None for weight in base.parameters())
+    used = model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant)
+    before = [weight.clone() for weight in used.model.parameters()]
+    expected = curve(CONFIG, tiny)
+    for change in ({"gradient_checkpointing": True}, {"r": 3}, {"target_modules": ("q_proj",)}):
+        trial = qlora_sft.start(CONFIG.model_copy(update=change), tiny, None)
+        assert trial.base is used
+        trial.advance(0.0)
+        trial.close()
+        trial.close()  # a second time does no harm
+        assert used.idle
+        assert not any(weight.requires_grad or weight.grad is not None for weight in used.model.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(before, used.model.parameters(), strict=True))
+    assert curve(CONFIG, tiny) == expected
 
 
 def test_a_trial_neither_sees_nor_moves_the_random_state_of_its_process(tiny):
@@ -497,28 +495,19 @@ def test_8_bit_optimizer_without_a_gpu_is_refused(tiny):
         qlora_sft.start(config, tiny, None)
 
 
-def test_two_trials_on_one_base_are_refused(tiny):
-    trial = qlora_sft.start(CONFIG, tiny, None)
-    with pytest.raises(RuntimeError, match="close that trial first"):
-        qlora_sft.start(CONFIG, tiny, None)
-    finish(trial)
-    trial.close()
-    other = qlora_sft.start(CONFIG, tiny, None)
-    trial.close()  # a second time: the other keeps its adapter
-    finish(other)
-    other.close()
-    assert losses(other.evaluations) == losses(trial.evaluations)
-
-
 # Failures
 
 
 def poison_weights(trial) -> None:
-    next(iter(trial.weights.values())).data.fill_(math.nan)
+    trial.adapter.weights[:100].fill_(math.nan)
+    trial.base.refresh(trial.adapter)
 
 
 def poison_gradient(trial) -> None:
-    next(iter(trial.weights.values())).register_hook(lambda gradient: gradient * math.inf)
+    """A finite loss, and a gradient whose norm is beyond fp32."""
+    for name, weight in trial.adapter.named.items():
+        weight.fill_(1e30 if "lora_A" in name else 0.0)
+    trial.base.refresh(trial.adapter)
 
 
 @pytest.mark.parametrize(
@@ -529,14 +518,13 @@ def test_what_is_not_finite_ends_the_trial_before_the_update(tiny, poison, words
     trial.advance(0.0)
     trial.advance(0.0)
     poison(trial)
-    before = {name: weight.detach().clone() for name, weight in trial.weights.items()}
+    before = trial.adapter.weights.clone()
     slice_ = trial.advance(1000.0)
     assert slice_.failure is not None
     assert slice_.failure.startswith(words)
     assert slice_.failure.endswith("in step 3")
     assert (slice_.done, slice_.steps, slice_.evaluation, trial.step) == (True, (), None, 2)
-    for name, weight in trial.weights.items():
-        assert torch.equal(weight, before[name]) or poison is poison_weights
+    assert torch.equal(trial.adapter.weights.nan_to_num(), before.nan_to_num())
     assert trial.advance(0.0).failure == slice_.failure
     trial.close()
 
@@ -545,15 +533,15 @@ def test_out_of_memory_leaves_the_trial_where_it_stood(tiny, tmp_path, monkeypat
     """Memory runs out in the middle of step 3, after random numbers were drawn: no weight, no draw is lost to it."""
     config = CONFIG.model_copy(update={"dropout": 0.1})
     never_disturbed = curve(config, tiny)
-    label_losses, room = qlora_sft.label_losses, 8
+    label_losses, room = base.label_losses, 8
 
-    def scarce(base, batch, compute_dtype):
-        loss = label_losses(base, batch, compute_dtype)
+    def scarce(model, batch):
+        loss = label_losses(model, batch)
         if len(batch.input_ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    monkeypatch.setattr(qlora_sft, "label_losses", scarce)
+    monkeypatch.setattr(base, "label_losses", scarce)
     trial = qlora_sft.start(config, tiny, None)
     done = losses(trial.advance(0.0).steps) + losses(trial.advance(0.0).steps)
     room = 4

@@ -12,14 +12,15 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainables.protocol import Evaluation
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Of the training state; adapters of format 1 are the same."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def best(trial_dir: Path) -> Checkpoint | None:
     scored: list[tuple[float, int, Checkpoint]] = []
     for path in _all(trial_dir):
         try:
-            found, _ = _manifest(path)
+            found, _ = _manifest(path, (1, FORMAT))
         except ValueError:  # torn: `newest` warns of it
             continue
         if found.loss is not None and math.isfinite(found.loss) and found.step > 0:
@@ -120,7 +121,7 @@ def best(trial_dir: Path) -> Checkpoint | None:
 
 def read(path: Path) -> Checkpoint:
     """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
-    found, files = _manifest(path)
+    found, files = _manifest(path, (FORMAT,))
     for name, checksum in files.items():
         try:
             actual = _checksum(path / name)
@@ -131,11 +132,11 @@ def read(path: Path) -> Checkpoint:
     return found
 
 
-def _manifest(path: Path) -> tuple[Checkpoint, dict[str, str]]:
+def _manifest(path: Path, formats: Collection[int]) -> tuple[Checkpoint, dict[str, str]]:
     """What the manifest of the checkpoint at `path` says: the checkpoint, and the checksum of each file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in formats:
             raise ValueError(f"it has format {manifest['format']}, this version reads {FORMAT}")
         evaluations = tuple(Evaluation(**evaluation) for evaluation in manifest["evaluations"])
         return Checkpoint(path, int(manifest["step"]), evaluations), dict(manifest["files"])

@@ -6,7 +6,7 @@ A trainable is a module with one function (what its trials share is made once pe
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +57,14 @@ class OutOfMemory(RuntimeError):
     """The device has no room for a micro-batch. The trial stands where it stood before and can be saved."""
 
 
+class NoRoomYet(MemoryError):
+    """There is no room for the base of a trial beside those of others, which will end."""
+
+
+class Forgotten(LookupError):
+    """The engine does not have the trial, or no longer."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimiser step, as it is logged."""
@@ -71,7 +79,7 @@ class Step:
     tokens: int
     """Tokens that went through the model, padding not counted."""
     seconds: float
-    """Wall clock of the step."""
+    """Wall clock of the step; of one taken together with other trials, the share of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,12 @@ class Slice:
     done: bool
     """True when the budget is used up (or `failure` is set)."""
     peak_memory: int
-    """Bytes: on a GPU the most that was allocated since the trial started, on a CPU the process's resident set."""
+    """Bytes of the process, with all trials that it holds: on a GPU the most that was allocated since the trial
+    started, on a CPU the resident set."""
+
+    def followed_by(self, later: "Slice") -> "Slice":
+        """Both as one, where this one has no evaluation."""
+        return replace(later, steps=self.steps + later.steps, peak_memory=max(self.peak_memory, later.peak_memory))
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,16 @@ class Cost:
             tokens=self.tokens + sum(s.tokens for s in slice_.steps) + (evaluation.tokens if evaluation else 0),
             peak_memory=max(self.peak_memory, slice_.peak_memory),
         )
+
+
+@dataclass(frozen=True)
+class Started:
+    """Of a trial before its first call of `advance`."""
+
+    total_steps: int
+    step: int
+    evaluations: tuple[Evaluation, ...]
+    banner: str
 
 
 class Trial(Protocol):
@@ -161,8 +184,11 @@ class Trial(Protocol):
         even one step, or part of an evaluation, fits into memory.
         """
 
+    def hold(self) -> Slice:
+        """What happened since the last slice, in a trial that goes on between two calls; now it waits for the next."""
+
     def save(self, directory: Path) -> None:
-        """Write into the empty `directory` all that `start` needs to go on after `step`."""
+        """Write into the empty `directory` all that `start` needs to go on after `step`; after `hold`."""
 
     def close(self) -> None:
         """Give back what only this trial holds; what is shared (base model, tokens) stays warm."""

@@ -4,43 +4,40 @@ What a step computes is what TRL's SFTTrainer computes with the same rows: the l
 tokens of the whole step and divided by their number, gradients are clipped by their L2 norm, AdamW and the schedules
 are those of torch and transformers. Two things differ on purpose: adapter weights stay in fp32, and the output head
 sees only the positions that have a label.
+
+Trials of one base go through it together (`turn`); each computes what it computes alone.
 """
 
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from bitsandbytes.optim.adamw import PagedAdamW8bit
 from numpy.typing import NDArray
-from peft import set_peft_model_state_dict
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint as recompute
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from trainables import data, model
 from trainables.checkpoint import Checkpoint
-from trainables.config import ComputeDtype, QLoRAConfig
+from trainables.config import QLoRAConfig
+from trainables.packed.adapter import Adapter
+from trainables.packed.base import Row, Work, labels_of
 from trainables.protocol import Evaluation, Job, OutOfMemory, Slice, Step, Trial
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
 EVALUATION_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens, padding included, in one micro-batch of an evaluation: about a second of work on either device."""
-LOGITS_AT_ONCE = 2**26
-"""Logits that are held in fp32 at the same time (256 MiB) while the loss is taken."""
+SCORED_AT_ONCE = {"cpu": 4096, "cuda": 16384}
+"""Tokens, padding included, of the micro-batches of many trials that are scored together."""
 
 ADAPTER, STATE, FACTS = "adapter_model.safetensors", "training_state.safetensors", "state.json"
 
@@ -73,6 +70,7 @@ class QLoRATrial:
         if config.optimizer == "paged_adamw_8bit" and self.device.type != "cuda":
             raise ValueError("optimizer paged_adamw_8bit needs a CUDA device and there is none; set optimizer: adamw")
         self.config = config
+        self.model = job.model
         tokens = data.load(Path(job.tokens))
         self.train, self.validation, self.pad = tokens.train, tokens.validation, tokens.pad_token_id
         self.total_steps = job.budget.total_steps(len(self.train), config.batch_size)
@@ -80,165 +78,136 @@ class QLoRATrial:
         if job.score_base:
             self.due[0] = 0
         self.micro_batch = config.micro_batch(job.halvings)
-        self.evaluation_tokens = EVALUATION_TOKENS[self.device.type] >> job.halvings
+        lengths = np.diff(self.validation.offsets)
+        self.evaluation_batches = rows_of_evaluation(lengths, EVALUATION_TOKENS[self.device.type] >> job.halvings)
         self.step = 0
         self.evaluations: tuple[Evaluation, ...] = ()
         self.failure: str | None = None
-        self.closed = False
-        self.evaluation_pass: Iterator[Evaluation | None] | None = None
+        self.scored = 0
+        """Micro-batches of the evaluation that is under way."""
+        self.loss, self.seconds = 0.0, 0.0
+        """Sum over what is scored, nats, and how long it took."""
+        self.new_steps: list[Step] = []
+        self.new_evaluation: Evaluation | None = None
+        warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
+        self.learning_rate = learning_rates(config.schedule, config.learning_rate, warmup_steps, self.total_steps)
+        self.facts = {
+            "config": config.model_dump(mode="json"),
+            "total_steps": self.total_steps,
+            "warmup_steps": warmup_steps,
+            "training_rows": len(self.train),
+        }
 
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.base = model.base(job.model, config.quant_type, config.compute_dtype, config.double_quant)
-        self.random_state: list[Tensor] = []
-        with self._own_random_state():
-            torch.manual_seed(config.seed)
-            self.adapted = model.attach(
-                self.base, config.r, config.alpha, config.dropout, config.target_modules, config.rslora
-            )
-        try:
-            self.banner = model.banner(self.adapted, config.r)
-            if config.gradient_checkpointing:
-                self.base.activation_checkpointing_enable({"use_reentrant": False})
-                self.base.disable_input_require_grads()  # only the reentrant kind needs gradients at the embeddings
-            self.weights = {name: weight for name, weight in self.adapted.named_parameters() if weight.requires_grad}
-            optimizer = PagedAdamW8bit if config.optimizer == "paged_adamw_8bit" else partial(AdamW, fused=True)
-            self.optimizer: Optimizer = optimizer(self.weights.values(), weight_decay=config.weight_decay)
-            warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
-            self.learning_rate = learning_rates(config.schedule, config.learning_rate, warmup_steps, self.total_steps)
-            self.facts = {
-                "config": config.model_dump(mode="json"),
-                "total_steps": self.total_steps,
-                "warmup_steps": warmup_steps,
-                "training_rows": len(self.train),
-            }
-            if checkpoint is not None:
-                self._restore(checkpoint)
-        except BaseException:
-            self.close()
-            raise
+        layers = model.targets(self.base, job.model, config.target_modules)
+        self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
+        self.banner = model.banner(self.base, self.adapter)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.base.seat(self.adapter)
+        self.closed = False
 
     def advance(self, seconds: float) -> Slice:
         deadline = time.monotonic() + seconds
-        steps: list[Step] = []
-        with self._own_random_state():
-            while self.failure is None and not self.done:
-                if steps and time.monotonic() >= deadline:
-                    break
-                random_state = self._random_state()
-                try:
-                    number = self._evaluation_due()
-                    if number is not None:
-                        return self._slice(steps, self._evaluate(number, deadline))
-                    step = self._train_step()
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    self.optimizer.zero_grad()
-                    self.evaluation_pass = None
-                    self._set_random_state(random_state)
-                    if steps:  # told first; the next call comes here again
-                        break
-                    raise OutOfMemory(str(error)) from error
-                if step is not None:
-                    steps.append(step)
-        return self._slice(steps, None)
+        while not self.over and self.new_evaluation is None:
+            try:
+                turn([self])
+            except OutOfMemory:
+                if not self.new_steps:
+                    raise
+                break  # they are told first; the next call comes here again
+            if time.monotonic() >= deadline:
+                break
+        return self.news()
 
     @property
-    def done(self) -> bool:
-        return self.step == self.total_steps and self._evaluation_due() is None
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failure is not None or (self.step == self.total_steps and self.evaluation_due is None)
 
-    def _slice(self, steps: list[Step], evaluation: Evaluation | None) -> Slice:
+    @property
+    def evaluation_due(self) -> int | None:
+        """The evaluation that comes before the next step, if any."""
+        finished = {evaluation.evaluation for evaluation in self.evaluations}
+        return next((n for n, step in self.due.items() if step == self.step and n not in finished), None)
+
+    def news(self) -> Slice:
+        """What happened since the last call."""
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = psutil.Process().memory_info().rss
-        return Slice(tuple(steps), evaluation, self.failure, self.done or self.failure is not None, memory)
+        slice_ = Slice(tuple(self.new_steps), self.new_evaluation, self.failure, self.over, memory)
+        self.new_steps, self.new_evaluation = [], None
+        return slice_
 
-    def _train_step(self) -> Step | None:
-        """Do the next optimiser step; None, with `failure` set and the weights untouched, when it is not finite."""
-        began = time.perf_counter()
-        rows = rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
+    def hold(self) -> Slice:
+        return self.news()
+
+    def micro_batches(self) -> list[Work]:
+        """The next step. What dropout draws follows from seed, step and place in the batch alone."""
+        numbers = rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
+        rows = [self.train[int(number)] for number in numbers]
+        sources = (np.random.SeedSequence((self.config.seed, self.step, place)) for place in range(len(rows)))
+        seeds = [int(source.generate_state(1)[0]) for source in sources]
         starts = range(0, len(rows), self.micro_batch)
-        batches = [self._batch(self.train, rows[i : i + self.micro_batch]) for i in starts]
-        labels = sum(len(batch.labels) for batch in batches)
-        self._set_mode(training=True)
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = label_losses(self.base, batch, self.config.compute_dtype).sum() / labels
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm)
-        # The only wait for the device in a step: what is not finite must not reach the weights.
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
-        for name, value in (("training loss", loss_value), ("gradient norm", norm_value)):
+        return [Work(self.adapter, rows[i : i + self.micro_batch], seeds[i : i + self.micro_batch]) for i in starts]
+
+    def learn(self, loss: float, norm: float, tokens: int, seconds: float) -> None:
+        """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights."""
+        for name, value in (("training loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                self.optimizer.zero_grad()
                 self.failure = f"{name} is {value} in step {self.step + 1}"
-                return None
+                self.adapter.gradient.zero_()
+                return
         learning_rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.adapter.update(norm, learning_rate)
+        self.base.refresh(self.adapter)
         self.step += 1
-        tokens = sum(batch.tokens for batch in batches)
-        return Step(self.step, loss_value, learning_rate, norm_value, tokens, time.perf_counter() - began)
+        self.new_steps.append(Step(self.step, loss, learning_rate, norm, tokens, seconds))
 
-    def _evaluation_due(self) -> int | None:
-        finished = {evaluation.evaluation for evaluation in self.evaluations}
-        return next((n for n, step in self.due.items() if step == self.step and n not in finished), None)
+    def note_scored(self, loss: float, seconds: float) -> None:
+        """Note the sum of losses of one more micro-batch, and the evaluation when it was the last."""
+        self.scored += 1
+        self.loss += loss
+        self.seconds += seconds
+        number = self.evaluation_due
+        if self.scored == len(self.evaluation_batches) and number is not None:
+            labels = sum(labels_of(self.validation[row]) for row in range(len(self.validation)))
+            tokens = len(self.validation.input_ids)
+            evaluation = Evaluation(number, self.step, self.loss / labels, tokens, self.seconds)
+            self.new_evaluation = evaluation
+            self.evaluations += (evaluation,)
+            if not math.isfinite(evaluation.loss):
+                self.failure = f"validation loss is {evaluation.loss} after step {self.step}"
+            self.forget_scored()
 
-    def _evaluate(self, number: int, deadline: float) -> Evaluation | None:
-        """Go on with evaluation `number` until the deadline; None when it is not finished by then."""
-        if self.evaluation_pass is None:
-            self.evaluation_pass = self._evaluation_pass(number)
-        for evaluation in self.evaluation_pass:
-            if evaluation is not None:
-                self.evaluation_pass = None
-                self.evaluations += (evaluation,)
-                if not math.isfinite(evaluation.loss):
-                    self.failure = f"validation loss is {evaluation.loss} after step {self.step}"
-                return evaluation
-            if time.monotonic() >= deadline:
-                break
-        return None
-
-    def _evaluation_pass(self, number: int) -> Iterator[Evaluation | None]:
-        """Score one micro-batch after the other, with None in between and the evaluation at the end."""
-        seconds = loss = 0.0
-        labels = tokens = 0
-        lengths = np.diff(self.validation.offsets)
-        for i, rows in enumerate(rows_of_evaluation(lengths, self.evaluation_tokens)):
-            if i:
-                yield None
-            began = time.perf_counter()
-            self._set_mode(training=False)
-            batch = self._batch(self.validation, rows)
-            with torch.no_grad():
-                loss += label_losses(self.base, batch, self.config.compute_dtype).sum().item()
-            labels += len(batch.labels)
-            tokens += batch.tokens
-            seconds += time.perf_counter() - began
-        yield Evaluation(number, self.step, loss / labels, tokens, seconds)
-
-    def _set_mode(self, training: bool) -> None:
-        if self.base.training != training:  # walks through all modules
-            self.base.train(training)
-
-    def _batch(self, rows: data.Rows, numbers: NDArray[np.int64]) -> "Batch":
-        return collate([rows[int(number)] for number in numbers], self.pad, self.device)
+    def forget_scored(self) -> None:
+        """The evaluation under way begins again."""
+        self.scored, self.loss, self.seconds = 0, 0.0, 0.0
 
     def save(self, directory: Path) -> None:
-        state = {f"random.{number}": state for number, state in enumerate(self.random_state)}
-        for name, weight in self.weights.items():
-            for key, value in self.optimizer.state[weight].items():
-                # bitsandbytes keeps a number here, and one quantisation map for all weights
-                state[f"optimizer.{name}.{key}"] = torch.as_tensor(value).cpu().clone()
+        config = self.config
+        names = {name.rpartition(".")[2] for name, _, _ in self.adapter.layers.values()}
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.model,
+            inference_mode=True,
+            r=config.r,
+            # PEFT declares an int and divides whatever it gets; whole ones are stored as the int that others expect
+            lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            target_modules=sorted(names if config.target_modules == "all-linear" else config.target_modules),
+            use_rslora=config.rslora,
+        )
+        weights = {f"base_model.model.{name}": weight.cpu().clone() for name, weight in self.adapter.named.items()}
         evaluations = [asdict(evaluation) for evaluation in self.evaluations]
         try:
-            self.adapted.save_pretrained(str(directory), save_embedding_layers=False)
-            save_file(state, directory / STATE)
+            lora.save_pretrained(str(directory))
+            save_file(weights, directory / ADAPTER, {"format": "pt"})
+            save_file(self.adapter.moments(), directory / STATE)
         except SafetensorError as error:  # a full disk is one of these, and no OSError
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else None, f"cannot write {directory}: {error}") from error
@@ -250,104 +219,78 @@ class QLoRATrial:
             if facts[name] != ours:
                 raise ValueError(f"checkpoint {checkpoint.path} has {name} {facts[name]}, this trial has {ours}")
         self.step, self.evaluations = checkpoint.step, checkpoint.evaluations
-        set_peft_model_state_dict(self.adapted, load_file(checkpoint.path / ADAPTER))
-        state = load_file(checkpoint.path / STATE)
-        self.random_state = [state[f"random.{number}"] for number in range(len(self.random_state))]
-        for name, weight in self.weights.items():
-            prefix = f"optimizer.{name}."
-            saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if saved:  # there is nothing before the first step
-                _restore_moments(self.optimizer, weight, saved)
+        saved = load_file(checkpoint.path / ADAPTER)
+        for name, weight in self.adapter.named.items():
+            weight.copy_(saved[f"base_model.model.{name}"])
+        self.adapter.set_moments(load_file(checkpoint.path / STATE))
 
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self.evaluation_pass = None
-            model.detach(self.adapted)
-            self.base.activation_checkpointing_disable()
+            self.forget_scored()
+            self.base.dismiss(self.adapter)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # another process may share the GPU
 
-    @contextmanager
-    def _own_random_state(self) -> Iterator[None]:
-        """Draw from this trial's random state and leave that of the process as it was."""
-        with torch.random.fork_rng(self._gpus):
-            if self.random_state:
-                self._set_random_state(self.random_state)
-            try:
-                yield
-            finally:
-                self.random_state = self._random_state()
 
-    @property
-    def _gpus(self) -> list[int]:
-        return [self.device.index] if self.device.type == "cuda" else []
+def turn(trials: Sequence[QLoRATrial]) -> None:
+    """Take unfinished trials of one base further: an optimiser step each, or a part of the evaluations that are due.
 
-    def _random_state(self) -> list[Tensor]:
-        """That of the process: of the CPU and, on a GPU, of that one."""
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus)]
-
-    def _set_random_state(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        for gpu, of_gpu in zip(self._gpus, state[1:], strict=True):
-            torch.cuda.set_rng_state(of_gpu, gpu)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one micro-batch, on the device."""
-
-    input_ids: Tensor
-    """(rows, width), padded on the right."""
-    positions: Tensor
-    """(labels,): place of each token that predicts a label, counted through the flattened (rows, width)."""
-    labels: Tensor
-    """(labels,): the tokens to be predicted, each the one after its position."""
-    tokens: int
-    """Tokens without padding."""
-
-
-def collate(rows: list[tuple[NDArray[np.int32], NDArray[np.bool_]]], pad: int, device: torch.device) -> Batch:
-    """Pad (token ids, label mask) pairs to one width. A row's first token is never a label: nothing predicts it."""
-    width = max(len(ids) for ids, _ in rows)
-    input_ids = np.full((len(rows), width), pad, dtype=np.int64)
-    predicts = np.zeros((len(rows), width), dtype=np.bool_)
-    for i, (ids, supervised) in enumerate(rows):
-        input_ids[i, : len(ids)] = ids
-        predicts[i, : len(ids) - 1] = supervised[1:]
-    positions = np.flatnonzero(predicts)
-    labels = input_ids.ravel()[positions + 1]
-    return Batch(
-        torch.from_numpy(input_ids).to(device),
-        torch.from_numpy(positions).to(device),
-        torch.from_numpy(labels).to(device),
-        sum(len(ids) for ids, _ in rows),
-    )
-
-
-def label_losses(base: PreTrainedModel, batch: Batch, compute_dtype: ComputeDtype) -> Tensor:
-    """Cross-entropy of each label of the batch in nats: fp32, (labels,).
-
-    The output head gets the hidden states of the labelled positions alone, through a hook, so that whatever the
-    model does to its logits (scaling, soft-capping) still happens. No attention mask is passed: padding stands to
-    the right of every token that counts, where causal attention cannot see it.
+    Raises `OutOfMemory` when there is no room for a micro-batch of all. After any error each trial stands at its last
+    step.
     """
-    head = base.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1).index_select(0, batch.positions),))
+    scoring = [trial for trial in trials if trial.evaluation_due is not None]
     try:
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=compute_dtype == "bf16"):
-            logits: Tensor = base(input_ids=batch.input_ids, use_cache=False).logits
-    finally:
-        hook.remove()
-    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    if len(logits) <= at_once:
-        return _cross_entropy(logits, batch.labels)
-    chunks = zip(torch.split(logits, at_once), torch.split(batch.labels, at_once), strict=True)
-    return torch.cat([recompute(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+        if scoring:
+            _score(scoring)
+        else:
+            _train(trials)
+    except Exception as error:
+        for trial in trials:
+            trial.adapter.gradient.zero_()
+            trial.forget_scored()
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise OutOfMemory(str(error)) from error
+        raise
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+def _train(trials: Sequence[QLoRATrial]) -> None:
+    began = time.perf_counter()
+    base, pad = trials[0].base, trials[0].pad
+    steps = [trial.micro_batches() for trial in trials]
+    labels = [sum(work.labels for work in step) for step in steps]
+    losses = [torch.zeros((), device=base.model.device) for _ in trials]
+    for number in range(max(len(step) for step in steps)):
+        present = [i for i, step in enumerate(steps) if number < len(step)]
+        of_labels = base.losses([steps[i][number] for i in present], pad)
+        means = [each.sum() / labels[i] for i, each in zip(present, of_labels, strict=True)]
+        torch.stack(means).sum().backward()
+        for i, mean in zip(present, means, strict=True):
+            losses[i] += mean.detach()
+    norms = [torch.linalg.vector_norm(trial.adapter.gradient) for trial in trials]
+    values = torch.stack([*losses, *norms]).tolist()  # the only wait for the device
+    tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
+    seconds = time.perf_counter() - began
+    for i, trial in enumerate(trials):
+        trial.learn(values[i], values[len(trials) + i], tokens[i], seconds * tokens[i] / sum(tokens))
+
+
+def _score(trials: Sequence[QLoRATrial]) -> None:
+    """Score the next micro-batch of those that are least far."""
+    began = time.perf_counter()
+    least = min(trial.scored for trial in trials)
+    first = next(trial for trial in trials if trial.scored == least)
+    numbers = first.evaluation_batches[least]
+    together = [t for t in trials if t.scored == least and np.array_equal(t.evaluation_batches[least], numbers)]
+    rows: list[Row] = [first.validation[int(number)] for number in numbers]
+    most = SCORED_AT_ONCE[first.device.type] // (len(rows) * max(len(ids) for ids, _ in rows))
+    together = together[: max(1, most)]
+    with torch.no_grad():
+        losses = first.base.losses([Work(trial.adapter, rows, None) for trial in together], first.pad)
+    sums = torch.stack([each.sum() for each in losses]).tolist()
+    seconds = (time.perf_counter() - began) / len(together)
+    for trial, loss in zip(together, sums, strict=True):
+        trial.note_scored(loss, seconds)
 
 
 def rows_of_step(step: int, rows: int, batch_size: int, seed: int) -> NDArray[np.int64]:
@@ -381,14 +324,3 @@ def learning_rates(schedule: str, peak: float, warmup_steps: int, total_steps: i
     unused = torch.optim.SGD([torch.zeros(())], lr=peak)
     factor = get_scheduler(SCHEDULES[schedule], unused, warmup_steps, total_steps).lr_lambdas[0]
     return lambda step: peak * factor(step)
-
-
-def _restore_moments(optimizer: Optimizer, weight: torch.nn.Parameter, saved: dict[str, Tensor]) -> None:
-    if isinstance(optimizer, PagedAdamW8bit):
-        optimizer.init_state(optimizer.param_groups[0], weight, 0, 0)  # allocates, in paged memory what is large
-        state = optimizer.state[weight]
-        state["step"] = int(saved.pop("step"))
-        for key, value in saved.items():
-            state[key].copy_(value)
-    else:
-        optimizer.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}

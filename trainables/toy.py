@@ -105,6 +105,9 @@ class Toy:
         speed = 6.0 * min(1.0, self.config.learning_rate / 1e-4)
         return loss_floor(self.config) + 2.0 * math.exp(-speed * self.step / self.total_steps)
 
+    def hold(self) -> Slice:
+        return Slice((), None, None, False, 0)
+
     def save(self, directory: Path) -> None:
         state = {"momentum": self.momentum, "noise": self.noise.getstate()}
         (directory / "state.json").write_text(json.dumps(state))

@@ -1,13 +1,12 @@
 """A frozen 4-bit layer that serves the adapters of many trials at once.
 
-The rows of a micro-batch belong to slots, those of one slot together. The layer is dequantised once for all of them and
-multiplied once; then each slot's rows get the low-rank term of their own adapter (LoRA, arXiv:2106.09685). Nothing of
-one slot is ever multiplied with anything of another one, so what is not finite stays with its slot.
+The rows of a micro-batch belong to trials, those of one trial together. The layer is dequantised once for all of them
+and multiplied once; then adapters of one shape add their own low-rank terms (LoRA, arXiv:2106.09685) in one batched
+product. Nothing of one trial is ever multiplied with anything of another, so what is not finite stays with its trial.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,136 +16,193 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+UINT32 = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """The adapter of one slot at one layer; the term that it adds is `scale * B @ A @ x`."""
+    """Adapters of one shape at one layer; the term that each adds to `x` is `scale * B @ A @ x`."""
 
     a: Tensor
-    """(r, in), in the compute data type."""
+    """(adapters, r, in), in the data type that products are taken in."""
     b: Tensor
-    """(out, r), in the compute data type."""
+    """(adapters, out, r), in the same."""
     a_gradient: Tensor
-    """(r, in), fp32: backward passes add to it."""
+    """(adapters, r, in), fp32: backward passes add to it."""
     b_gradient: Tensor
-    """(out, r), fp32."""
-    scale: float
+    """(adapters, out, r), fp32."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which inputs of the adapters are dropped: a hash of the row's seed, the layer and the place in the row.
+
+    So it depends neither on how rows are put into micro-batches nor on what else is in them.
+    """
+
+    keys: Tensor
+    """(layers, rows, width), int32: hashes, to which a layer adds that of the input."""
+    highest: Tensor
+    """(rows, 1, 1), int32: an input with a hash above that of its row is dropped."""
+
+    @classmethod
+    def of(cls, seeds: Tensor, rates: Tensor, layers: int, width: int) -> "Dropout":
+        """For rows of these seeds (rows,), int64 below 2**32, and rates (rows,), fp64: the share to be dropped."""
+        counts = torch.arange(max(layers, width), device=seeds.device)
+        of_layers = _mixed(seeds + _mixed(counts[:layers, None]) & UINT32)
+        keys = _mixed(of_layers[..., None] + _mixed(counts[:width] + layers) & UINT32)
+        highest = ((1 - rates) * 2**32).round().long() - 2**31 - 1
+        return cls(keys.int(), highest.clamp(-(2**31), 2**31 - 1).int()[:, None, None])
+
+    def kept(self, layer: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """(rows, width, in): 0 for what is dropped, else 1; `inputs` are hashes, (in,) int32, of places in an input.
+
+        Cheaper to make again in the backward pass than to keep until then.
+        """
+        hashes = self.keys[layer, :, :, None] ^ inputs
+        hashes.mul_(0x2C1B3C6D).bitwise_xor_(hashes >> 15).mul_(0x297A2D39)
+        return torch.le(hashes, self.highest, out=torch.empty_like(hashes, dtype=dtype))  # a bool is slow on a CPU
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one slot in a micro-batch."""
+    """Rows of a micro-batch whose trials have adapters of one shape, as many rows of each."""
 
-    first: int
-    end: int
-    adapter: Mapping[int, LowRank]
-    """By number of the layer; a layer without one adds nothing."""
-    dropout: float
-    """Probability that an input of the adapter is dropped; 0 while scoring."""
-    lengths: tuple[int, ...]
-    """Of the rows, padding not counted."""
-    seeds: tuple[tuple[int, ...], ...]
-    """Of the dropout, by row and number of the layer: what is dropped depends on nothing else."""
+    rows: slice
+    adapters: slice
+    """Of those that are stacked."""
+    stacked: Mapping[int, LowRank]
+    """By number of the layer; a layer without them adds nothing."""
+    scales: Tensor
+    """(adapters, 1, 1), fp32, by which low-rank terms are multiplied; makes up for what dropout takes."""
+    dropout: Dropout | None
 
 
 @dataclass
 class Plan:
     """What all layers of a base look up during a pass."""
 
-    parts: tuple[Part, ...] = ()
-    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
-    """Makes autograd come to the first layer, too, whose input needs no gradient."""
+    anchor: Tensor
+    """A number that needs a gradient: has autograd come to the first layers, too, whose input needs none."""
+    parts: Sequence[Part] = ()
+    shape: tuple[int, int] = (0, 0)
+    """Rows and width of the micro-batch."""
 
 
 class PackedLinear(torch.nn.Module):
     """In place of a `Linear4bit`, whose weight it uses."""
 
-    def __init__(self, replaced: Linear4bit, number: int, plan: Plan) -> None:
+    def __init__(self, replaced: Linear4bit, name: str, number: int, plan: Plan, dtype: torch.dtype) -> None:
+        """`dtype` is that of products."""
         super().__init__()
+        self.name = name
         self.replaced = replaced
         self.number = number
         self.plan = plan
+        self.dtype = dtype
+        self.inputs = input_hashes(replaced.in_features, plan.anchor.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, width, in) to (rows, width, out)."""
-        result: Tensor = _Apply.apply(x, self.plan.anchor, self)  # type: ignore[no-untyped-call]
-        return result
+        """(rows, width, in) to (rows, width, out), or both with rows and width as one.
+
+        Raises ValueError for another input, as of experts that get some tokens each, where the layer has adapters.
+        """
+        parts = [part for part in self.plan.parts if self.number in part.stacked]
+        rows, width = self.plan.shape
+        if parts and x.shape[:-1] not in ((rows, width), (rows * width,)):
+            raise ValueError(
+                f"target_modules: {self.name} gets an input of shape {tuple(x.shape)} rather than"
+                f" {(rows, width, x.shape[-1])}, which cannot be told apart by trial; name other layers"
+            )
+        wanted = x.reshape(rows, width, -1) if parts else x
+        anchor = self.plan.anchor if parts else None
+        result: Tensor = _Apply.apply(wanted, anchor, self, parts)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)
 
     def weight(self) -> Tensor:
         """(out, in), dequantised."""
         packed = self.replaced.weight
         assert isinstance(packed, Params4bit)
         weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
-        return weight
+        return weight.to(self.dtype)
 
 
-@contextmanager
-def packed(base: PreTrainedModel, plan: Plan) -> Iterator[dict[int, tuple[str, int, int]]]:
-    """Have the quantised layers of `base` look up `plan` for the block; gives name, inputs and outputs of each."""
-    found = {name: module for name, module in base.named_modules() if isinstance(module, Linear4bit)}
-    layers = {}
-    for number, (name, module) in enumerate(found.items()):
-        base.set_submodule(name, PackedLinear(module, number, plan))
-        layers[number] = (name, module.in_features, module.out_features)
-    try:
-        yield layers
-    finally:
-        for name, module in found.items():
-            base.set_submodule(name, module)
+def pack(base: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> dict[int, tuple[str, int, int]]:
+    """Have the quantised layers of `base` look up `plan` from now on; gives name, inputs and outputs of each."""
+    found = [(name, module) for name, module in base.named_modules() if isinstance(module, Linear4bit)]
+    for number, (name, module) in enumerate(found):
+        base.set_submodule(name, PackedLinear(module, name, number, plan, dtype))
+    return {number: (name, m.in_features, m.out_features) for number, (name, m) in enumerate(found)}
 
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: PackedLinear) -> Tensor:
-        kept: list[Tensor] = []
-        used: list[tuple[Part, LowRank, bool]] = []
-        y = F.linear(x, layer.weight(), layer.replaced.bias)
-        for part in layer.plan.parts:
-            pair = part.adapter.get(layer.number)
-            if pair is None:
-                continue
-            x_part = x[part.first : part.end].flatten(0, -2)
-            if part.dropout:
-                mask = _mask(part, layer.number, x)
-                x_part = x_part * mask
-                kept.append(mask)
-            low = x_part @ pair.a.t()
-            y_part = y[part.first : part.end].flatten(0, -2)
-            y_part.copy_(torch.addmm(y_part, low, pair.b.t(), alpha=pair.scale))
-            kept.append(low)
-            used.append((part, pair, part.dropout > 0))
-        ctx.save_for_backward(x, *kept)
-        ctx.layer, ctx.used = layer, used
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, layer: PackedLinear, parts: Sequence[Part]) -> Tensor:
+        wide = x.to(layer.dtype)
+        bias = layer.replaced.bias
+        # Rounded before the low-rank terms come to it: as with PEFT, what of them is below the last bit gets lost.
+        y = F.linear(wide, layer.weight(), None if bias is None else bias.to(layer.dtype)).to(x.dtype)
+        lows: list[Tensor] = []
+        for part in parts:
+            pair = part.stacked[layer.number]
+            x_part, _ = _dropped(wide, part, layer)
+            low = (_by_adapter(x_part, part) @ pair.a[part.adapters].mT * part.scales).to(layer.dtype)
+            _add_product(_by_adapter(y[part.rows], part), low, pair.b[part.adapters].mT)
+            lows.append(low)
+        ctx.save_for_backward(x, *lows)
+        ctx.layer, ctx.parts = layer, parts
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        (gradient,) = gradients
-        x, *kept = ctx.saved_tensors
-        x_gradient = gradient @ ctx.layer.weight() if ctx.needs_input_grad[0] else None
-        tensors = iter(kept)
-        for part, pair, dropped in ctx.used:
-            x_part = x[part.first : part.end].flatten(0, -2)
-            y_gradient = gradient[part.first : part.end].flatten(0, -2)
-            mask = next(tensors) if dropped else None
-            low = next(tensors)
-            pair.b_gradient.add_(y_gradient.t() @ low, alpha=pair.scale)
-            low_gradient = (y_gradient @ pair.b) * pair.scale
-            pair.a_gradient.add_(low_gradient.t() @ (x_part if mask is None else x_part * mask))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        layer: PackedLinear = ctx.layer
+        gradient = gradients[0].to(layer.dtype)
+        x, *lows = ctx.saved_tensors
+        wide = x.to(layer.dtype)
+        x_gradient = (gradient @ layer.weight()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        for part, low in zip(ctx.parts, lows, strict=True):
+            pair = part.stacked[layer.number]
+            y_gradient = _by_adapter(gradient[part.rows], part)
+            x_part, kept = _dropped(wide, part, layer)
+            _add_product(pair.b_gradient[part.adapters], y_gradient.mT, low)
+            low_gradient = (y_gradient @ pair.b[part.adapters] * part.scales).to(layer.dtype)
+            _add_product(pair.a_gradient[part.adapters], low_gradient.mT, _by_adapter(x_part, part))
             if x_gradient is not None:
-                into = x_gradient[part.first : part.end].flatten(0, -2)
-                if mask is None:
-                    into.copy_(torch.addmm(into, low_gradient, pair.a))
+                if kept is None:
+                    _add_product(_by_adapter(x_gradient[part.rows], part), low_gradient, pair.a[part.adapters])
                 else:
-                    into.add_((low_gradient @ pair.a) * mask)
-        return x_gradient, None, None
+                    x_gradient[part.rows] += (low_gradient @ pair.a[part.adapters]).view(kept.shape).mul_(kept)
+        return x_gradient, None, None, None
 
 
-def _mask(part: Part, layer: int, x: Tensor) -> Tensor:
-    """(rows * width, in): 0 where an input is dropped, else what makes up for those."""
-    kept = 1 - part.dropout
-    mask = x.new_zeros((part.end - part.first, *x.shape[1:]))
-    for row, (length, seeds) in enumerate(zip(part.lengths, part.seeds, strict=True)):
-        generator = torch.Generator(x.device).manual_seed(seeds[layer])
-        mask[row, :length].bernoulli_(kept, generator=generator).div_(kept)
-    return mask.flatten(0, -2)
+def _dropped(x: Tensor, part: Part, layer: PackedLinear) -> tuple[Tensor, Tensor | None]:
+    """The rows of a part, 0 where dropout says so; and where it does, if there is any."""
+    if part.dropout is None:
+        return x[part.rows], None
+    kept = part.dropout.kept(layer.number, layer.inputs, layer.dtype)
+    return x[part.rows] * kept, kept
+
+
+def _by_adapter(x: Tensor, part: Part) -> Tensor:
+    """(rows, width, n) to (adapters, rows of each * width, n)."""
+    return x.reshape(part.scales.shape[0], -1, x.shape[-1])
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add to a tensor of this or of another data type."""
+    if left.dtype == to.dtype:
+        to.baddbmm_(left, right)
+    else:
+        to.add_(left @ right)
+
+
+def input_hashes(inputs: int, device: torch.device) -> Tensor:
+    """(in,), int32: for `Dropout.kept`."""
+    return _mixed(torch.arange(inputs, device=device) + 2**31).int()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A hash of 32-bit numbers, held in int64: `lowbias32` of Chris Wellons' hash-prospector."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & UINT32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & UINT32
+    return x ^ (x >> 16)

@@ -1,0 +1,136 @@
+"""How long does the same sweep take as the libraries' documentation shows it, and here?
+
+    python -m benchmarks.whole_sweep --sides naive serial packed
+
+The same configurations, rows and trained steps on the price data with SmolLM2-135M in nf4; nothing is stopped early.
+`naive` is `benchmarks.naive_sweep`; `serial` is `python -m sweep run` with a process for each trial, two side by side
+on two cores; `packed` is the same with all trials in one process. Each side is a command of its own, from its start to
+its end, and the last validation loss of every trial is shown beside it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from sweep.study import open_journal
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models/smollm2-135m"
+ROWS = ROOT / "search_spaces/data/pricer-train.jsonl"
+PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "wandb", "optuna")
+
+
+def configurations(count: int) -> list[dict[str, float]]:
+    """Fixed ones, spread over ranks and learning rates."""
+    return [{"r": (8, 16)[i % 2], "learning_rate": float(f"{10 ** (-4 + i / count):.2g}")} for i in range(count)]
+
+
+def write_rows(directory: Path, train: int, validation: int) -> None:
+    lines = ROWS.read_text().splitlines(keepends=True)
+    (directory / "train.jsonl").write_text("".join(lines[:train]))
+    (directory / "validation.jsonl").write_text("".join(lines[train : train + validation]))
+
+
+def naive(directory: Path, job: dict[str, object]) -> list[float]:
+    file = directory / "job.json"
+    file.write_text(json.dumps(job))
+    done = run(["-m", "benchmarks.naive_sweep", str(file)], directory)
+    losses: list[float] = json.loads(done.splitlines()[-1])["losses"]
+    return losses
+
+
+def ours(directory: Path, job: dict[str, object], slots: int) -> list[float]:
+    configs = [config | {"alpha": 2 * config["r"]} for config in job["configs"]]  # type: ignore[attr-defined]
+    spec = {
+        "name": "ours",
+        "model": job["model"],
+        "data": {"train": job["train"], "validation": job["validation"], "max_length": 128},
+        "budget": {"steps": job["steps"], "evaluations": job["evaluations"]},
+        "search": {"trials": len(configs), "sampler": "random", "first": configs},
+        "early_stopping": False,
+        "space": {
+            "r": {"values": [8, 16]},
+            "alpha": {"times": "r", "values": [2]},
+            "learning_rate": {"min": 1e-5, "max": 1e-2, "log": True},
+            "compute_dtype": job["compute_dtype"],
+            "batch_size": job["batch_size"],
+        },
+        "tracking": {"mode": "offline"},
+        "resources": {"cpus": 2 if slots > 1 else job["cpus"], "gpus": job["gpus"]},
+        "packing": {"slots": slots},
+        "storage": str(directory / f"ours-{slots}"),
+    }
+    file = directory / f"ours-{slots}.yaml"
+    file.write_text(json.dumps(spec))
+    run(["-m", "sweep", "run", str(file)], ROOT)
+    entries = open_journal(directory / f"ours-{slots}/ours/study.log", "ours").entries()
+    return [entry.losses[entry.reported] for entry in entries]
+
+
+def run(command: list[str], directory: Path) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", default=["naive", "serial", "packed"])
+    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--evaluations", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--validation-rows", type=int, default=48)
+    parser.add_argument("--compute-dtype", default="bf16")
+    parser.add_argument("--gpus", type=float, default=0)
+    parser.add_argument("--runs", type=int, default=1)
+    asked = parser.parse_args()
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
+    print(
+        f"{asked.trials} trials of {asked.steps} steps of {asked.batch_size} rows, {asked.evaluations} evaluations of"
+        f" {asked.validation_rows} rows, nf4, {asked.compute_dtype}"
+    )
+    seconds: dict[str, list[float]] = {side: [] for side in asked.sides}
+    for number in range(asked.runs):
+        for side in asked.sides:
+            with tempfile.TemporaryDirectory() as temporary:
+                directory = Path(temporary)
+                write_rows(directory, asked.steps * asked.batch_size, asked.validation_rows)
+                job = {
+                    "model": str(MODEL),
+                    "train": str(directory / "train.jsonl"),
+                    "validation": str(directory / "validation.jsonl"),
+                    "configs": configurations(asked.trials),
+                    "steps": asked.steps,
+                    "evaluations": asked.evaluations,
+                    "batch_size": asked.batch_size,
+                    "compute_dtype": asked.compute_dtype,
+                    "cpus": 1,
+                    "gpus": asked.gpus,
+                }
+                began = time.monotonic()
+                losses = naive(directory, job) if side == "naive" else ours(directory, job, _slots(side, asked.trials))
+                seconds[side].append(time.monotonic() - began)
+                shown = " ".join(f"{loss:.4f}" for loss in losses)
+                print(f"run {number + 1}  {side:6}  {seconds[side][-1]:7.1f} s  last losses {shown}", flush=True)
+    for side in asked.sides[1:]:
+        ratio = np.mean(seconds[asked.sides[0]]) / np.mean(seconds[side])
+        print(f"{asked.sides[0]} / {side}: {ratio:.2f}")
+
+
+def _slots(side: str, trials: int) -> int:
+    return trials if side == "packed" else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Engines: processes that hold the base and take many trials further together, one for each device.
+
+A trial keeps its own process (Ray's view of it, checkpoints, W&B), which needs no torch; the training is the engine's.
+"""
+
+import importlib
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from trainables.checkpoint import Checkpoint
+from trainables.config import QLoRAConfig
+from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, Slice, Started
+
+CALLER_CPUS = 0.01
+"""CPU cores that the process of a packed trial is counted with."""
+START_SECONDS = 60.0
+"""How long an engine may take to come back."""
+WAIT_SECONDS = 5.0
+"""Between two attempts to start a trial for which there is no room yet."""
+
+
+class EngineLost(Exception):
+    """The engine has died, or has forgotten the trial, as when it came back: no fault of the trial."""
+
+
+class EngineProcess:
+    """`trainables.packed.engine.Engine` as a Ray actor."""
+
+    def __init__(self, threads: int) -> None:
+        self._engine = importlib.import_module("trainables.packed.engine").Engine(threads)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._engine, method)(*arguments)
+
+
+def launch(cpus: float, gpus: float, slots: int) -> Any:
+    """An engine for so many trials that ends with this process and comes back when it dies."""
+    actor: Any = ray.remote(EngineProcess)
+    options = actor.options(
+        num_cpus=max(0.0, cpus - slots * CALLER_CPUS),
+        num_gpus=gpus,
+        max_concurrency=2 * slots + 8,
+        max_restarts=-1,
+    )
+    return options.remote(max(1, int(cpus)))
+
+
+class PackedTrial:
+    """See `protocol.Trial`: one that lives in an engine. Raises `EngineLost` when that does not have it any more."""
+
+    def __init__(
+        self, engine: Any, number: int, config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None, notes: list[str]
+    ) -> None:
+        """`notes` get what the engine has to say."""
+        self._engine = engine
+        self._key = secrets.token_hex(8)
+        self._notes = notes
+        began = time.monotonic()
+        while True:
+            try:
+                started: Started = self._call("start", number, config, job, checkpoint)
+                break
+            except NoRoomYet:
+                time.sleep(WAIT_SECONDS)
+            except EngineLost:  # another one is being started
+                if time.monotonic() - began > START_SECONDS:
+                    raise
+                time.sleep(1)
+        self.total_steps = started.total_steps
+        self.step = started.step
+        self.evaluations: tuple[Evaluation, ...] = started.evaluations
+        self.banner = started.banner
+
+    def advance(self, seconds: float) -> Slice:
+        slice_, notes = self._call("advance", seconds)
+        self._notes += notes
+        return self._noted(slice_)
+
+    def hold(self) -> Slice:
+        return self._noted(self._call("hold"))
+
+    def save(self, directory: Path) -> None:
+        self._call("save", directory)
+
+    def close(self) -> None:
+        with suppress(EngineLost):
+            self._call("close")
+
+    def _noted(self, slice_: Slice) -> Slice:
+        self.step += len(slice_.steps)
+        if slice_.evaluation is not None:
+            self.evaluations += (slice_.evaluation,)
+        return slice_
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(self._engine.call.remote(method, self._key, *arguments))
+        except RayTaskError as error:
+            if isinstance(error.cause, Forgotten):
+                raise EngineLost(str(error.cause)) from None
+            raise error.cause from error
+        except RayActorError as error:
+            raise EngineLost(str(error).splitlines()[0]) from None

@@ -1,0 +1,148 @@
+"""A packed sweep is disturbed as any other, and ends as it would have: one engine, many trials."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from sweep.study import ranking
+from tests import sweeps
+from tests.tiny import make_tiny_llama, make_tiny_rows
+from tests.wandb_files import history
+
+SPEC = """
+name: tiny
+model: {inputs}/llama
+data: {{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl, max_length: 64}}
+budget: {{steps: 60, evaluations: 3}}
+search: {{trials: 6, seed: 1, sampler: random}}
+early_stopping: false
+space:
+  r: {{values: [4, 16]}}
+  learning_rate: {{min: 1e-4, max: 1e-2, log: true}}
+  quant_type: {{values: [nf4, fp4]}}
+  compute_dtype: fp32
+  dropout: 0.1
+tracking: {{mode: offline}}
+packing: {{slots: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    make_tiny_llama(directory / "llama")
+    make_tiny_rows(directory, train=64, validation=24)
+    return directory
+
+
+@pytest.fixture
+def space(inputs, tmp_path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SPEC.format(inputs=inputs))
+    return file
+
+
+@pytest.fixture(scope="module")
+def serial(inputs, tmp_path_factory):
+    """The same trials, one at a time in processes of their own."""
+    file = tmp_path_factory.mktemp("serial") / "tiny.yaml"
+    file.write_text(SPEC.format(inputs=inputs))
+    done = sweeps.run(file, "--set", "packing.slots=1", "--set", "resources.concurrency=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sweeps.entries(file, "tiny")
+
+
+def assert_same_outcome(space: Path, serial) -> None:
+    entries = sweeps.entries(space, "tiny")
+    assert [entry.config for entry in entries] == [entry.config for entry in serial]
+    for ours, theirs in zip(entries, serial, strict=True):
+        assert (ours.state, ours.reason, ours.halvings) == (TrialState.COMPLETE, None, 0)
+        evaluations = [k for k in theirs.losses if k > 0]  # the base is scored by another trial, perhaps
+        assert [ours.losses[k] for k in evaluations] == pytest.approx([theirs.losses[k] for k in evaluations], abs=1e-4)
+    assert [entry.number for entry in ranking(entries)] == [entry.number for entry in ranking(serial)]
+
+
+def processes(process, word: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if word in p.name()]
+
+
+def test_a_packed_sweep_is_a_serial_one(space, serial):
+    done = sweeps.run(space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert_same_outcome(space, serial)
+    for entry in sweeps.entries(space, "tiny"):
+        (fragment,) = space.parent.glob(f"sweeps/tiny/wandb/*run-*/run-*-{entry.number:03d}.wandb")
+        steps = [row["train/global_step"] for row in history(fragment) if "train/loss" in row]
+        assert steps == list(range(1, 61))
+    assert (space.parent / "sweeps/tiny/best/adapter_model.safetensors").exists()
+
+
+def test_told_to_end(space, serial):
+    process = sweeps.start(space)
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert time.monotonic() - began < 30
+    again = sweeps.run(space)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_outcome(space, serial)
+    assert sum(e.cost.steps for e in sweeps.entries(space, "tiny")) == 6 * 60  # nothing was trained twice
+
+
+@pytest.mark.parametrize("word", ["EngineProcess", "SlicedTrial"])
+def test_a_killed_process(space, serial, word):
+    """That of the engine, with all its trials, or that of a trial."""
+    process = sweeps.start(space, "--set", "packing.slots=6")
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
+    processes(process, word)[0].kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    told = "lost its engine" if word == "EngineProcess" else "lost its process"
+    assert told in output
+    assert_same_outcome(space, serial)
+    assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == (word == "SlicedTrial")
+
+
+def test_the_end_of_an_engine_counts_once(space):
+    """More trials than accidents in a row that end a sweep."""
+    process = sweeps.start(space, "--set", "packing.slots=6", "--set", "budget.steps=6000")
+    try:
+        trials = space.parent / "sweeps/tiny/trials"
+        sweeps.wait_until(lambda: len(list(trials.glob("*/attempt.txt"))) == 6, process)
+        (first,) = processes(process, "EngineProcess")
+        time.sleep(2)
+        first.kill()
+        sweeps.wait_until(lambda: [p for p in processes(process, "EngineProcess") if p.pid != first.pid], process)
+        time.sleep(5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    assert output.count("lost its engine") == 6, output
+
+
+def test_a_killed_driver(space, serial):
+    process = sweeps.start(space)
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
+    orphans = processes(process, "EngineProcess")
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(orphans, timeout=30)[1]
+    again = sweeps.run(space)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_outcome(space, serial)
+
+
+def test_a_cluster_is_refused(space):
+    refused = sweeps.run(space, "--address", "127.0.0.1:9")
+    assert refused.returncode == 2
+    assert "packing.slots: received 3, trials are packed on one machine only" in refused.stderr

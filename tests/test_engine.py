@@ -1,0 +1,251 @@
+"""Trials of many callers in one engine: each gets what it would get alone."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.test_qlora_sft import CONFIG, curve, losses, steps
+from tests.test_qlora_sft import tiny as tiny  # a fixture
+from trainables import checkpoint, qlora_sft
+from trainables.config import QLoRAConfig
+from trainables.packed import base as bases
+from trainables.packed.engine import Engine
+from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, OutOfMemory, Step
+
+
+def config(**changed: object) -> QLoRAConfig:
+    return CONFIG.model_copy(update={"learning_rate": 1e-3, **changed})
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine()
+    yield made
+    for number in range(10):
+        made.forget(number)
+
+
+def drive(engine: Engine, number: int, each: QLoRAConfig, job: Job, found=None) -> tuple[list[Step], list[Evaluation]]:
+    """What a process does with its trial, until it is done."""
+    key = f"trial {number}"
+    engine.start(key, number, each, job, found)
+    done, evaluations = [], []
+    while True:
+        slice_, _ = engine.advance(key, 0.05)
+        done += slice_.steps
+        evaluations += [slice_.evaluation] if slice_.evaluation else []
+        if slice_.done:
+            engine.close(key)
+            return done, evaluations
+
+
+def drive_all(engine: Engine, configs: list[QLoRAConfig], job: Job) -> list[tuple[list[Step], list[Evaluation]]]:
+    with ThreadPoolExecutor(len(configs)) as pool:
+        return list(pool.map(lambda i: drive(engine, i, configs[i], job), range(len(configs))))
+
+
+def counted_turns(monkeypatch) -> list[int]:
+    """Trials in each turn of what follows."""
+    from trainables.packed import engine as module
+
+    turns: list[int] = []
+    monkeypatch.setattr(module, "turn", lambda trials: turns.append(len(trials)) or qlora_sft.turn(trials))
+    return turns
+
+
+CONFIGS = [
+    config(seed=1, dropout=0.1),
+    config(seed=2, r=4),
+    config(seed=3, batch_size=4),
+    config(seed=4, quant_type="fp4"),
+    config(seed=5, compute_dtype="bf16"),
+]
+
+
+def test_each_gets_what_it_gets_alone(engine, tiny, monkeypatch):
+    job = replace(tiny, budget=steps(12, 3), score_base=True)
+    turns = counted_turns(monkeypatch)
+    together = drive_all(engine, CONFIGS, job)
+    assert max(turns) == 3  # those that share a base
+    for (done, evaluations), each in zip(together, CONFIGS, strict=True):
+        tolerance = 1e-5 if each.compute_dtype == "fp32" else 0.02
+        training, validation = curve(each, job)
+        assert losses(done) == pytest.approx(training, abs=tolerance)
+        assert losses(evaluations) == pytest.approx(validation, abs=tolerance)
+
+
+def test_a_trial_goes_on_up_to_its_evaluation_and_no_further(engine, tiny):
+    engine.start("a", 0, CONFIG, replace(tiny, budget=steps(40, 2)), None)
+    first, _ = engine.advance("a", 0.0)
+    assert 1 <= len(first.steps) < 20
+    time.sleep(5)  # nobody asks
+    second, _ = engine.advance("a", 0.0)
+    assert second.evaluation is not None
+    assert len(first.steps) + len(second.steps) == 20
+    time.sleep(1)
+    assert engine.hold("a").steps == ()
+
+
+def test_what_is_held_and_saved_goes_on_elsewhere(engine, tiny, tmp_path):
+    job = replace(tiny, budget=steps(16, 1))
+    each = config(dropout=0.1)
+    engine.start("a", 0, each, job, None)
+    engine.start("b", 1, config(seed=9), job, None)
+    done = list(engine.advance("a", 0.2)[0].steps)
+    engine.advance("b", 0.0)
+    done += engine.hold("a").steps
+    evaluations: tuple[Evaluation, ...] = ()
+    written = checkpoint.write(tmp_path, len(done), evaluations, lambda directory: engine.save("a", directory))
+    time.sleep(0.5)
+    assert engine.hold("a").steps == ()  # it waits, while the other goes on
+    engine.close("a")
+    training, validation = curve(each, job)
+    assert losses(done) == pytest.approx(training[: len(done)], abs=1e-5)
+    rest, ended = drive(engine, 0, each, job, written)
+    assert losses(done + rest) == pytest.approx(training, abs=1e-5)
+    assert losses(ended) == pytest.approx(validation, abs=1e-5)
+
+
+def test_a_second_attempt_ends_the_first_and_lost_ones_go(engine, tiny):
+    engine.start("a", 7, CONFIG, tiny, None)
+    engine.start("again", 7, CONFIG, tiny, None)
+    with pytest.raises(Forgotten):
+        engine.hold("a")
+    engine.start("b", 8, CONFIG, tiny, None)
+    engine.forget(7)
+    with pytest.raises(Forgotten):
+        engine.hold("again")
+    assert engine.hold("b").steps == ()
+
+
+def test_what_does_not_fit_together_is_taken_in_parts(engine, tiny, monkeypatch):
+    job = replace(tiny, budget=steps(6, 1))
+    configs = [config(seed=seed) for seed in (1, 2, 3, 4)]
+    expected = [curve(each, job)[0] for each in configs]
+    label_losses = bases.label_losses
+
+    def scarce(model, batch):
+        if len(batch.input_ids) > 2 * CONFIG.batch_size and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(model, batch)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    notes: list[str] = []
+    advance = Engine.advance
+
+    def noting(self, key, seconds):
+        slice_, said = advance(self, key, seconds)
+        notes.extend(said)
+        return slice_, said
+
+    monkeypatch.setattr(Engine, "advance", noting)
+    turns = counted_turns(monkeypatch)
+    together = drive_all(engine, configs, job)
+    assert any("do not fit into memory together" in note for note in notes)
+    assert max(turns[-4:]) <= 2
+    for (done, _), training in zip(together, expected, strict=True):
+        assert losses(done) == pytest.approx(training, abs=1e-5)
+
+
+def test_one_that_does_not_fit_alone_is_told_so_and_the_others_go_on(engine, tiny, monkeypatch):
+    job = replace(tiny, budget=steps(6, 1))
+    small, large = config(seed=1, batch_size=4), config(seed=2, batch_size=16)
+    expected = curve(small, job)[0]
+    label_losses = bases.label_losses
+
+    def scarce(model, batch):
+        if len(batch.input_ids) > 8 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(model, batch)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    with ThreadPoolExecutor(2) as pool:
+        fine = pool.submit(drive, engine, 0, small, job)
+        fails = pool.submit(drive, engine, 1, large, job)
+        with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+            fails.result()
+        assert losses(fine.result()[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_error_is_told_to_its_trial_alone(engine, tiny, monkeypatch):
+    job = replace(tiny, budget=steps(6, 1))
+    sick, well = config(seed=1), config(seed=2)
+    expected = curve(well, job)[0]
+    micro_batches = qlora_sft.QLoRATrial.micro_batches
+
+    def broken(trial):
+        if trial.config.seed == 1 and trial.step == 3:
+            raise ValueError("a broken row")
+        return micro_batches(trial)
+
+    monkeypatch.setattr(qlora_sft.QLoRATrial, "micro_batches", broken)
+    with ThreadPoolExecutor(2) as pool:
+        fails = pool.submit(drive, engine, 0, sick, job)
+        fine = pool.submit(drive, engine, 1, well, job)
+        with pytest.raises(ValueError, match="a broken row"):
+            fails.result()
+        assert losses(fine.result()[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_trial_that_cannot_start_is_told_so(engine, tiny):
+    with pytest.raises(ValueError, match="ends the name of no linear layer"):
+        engine.start("a", 0, config(target_modules=("q_porj",)), tiny, None)
+    engine.start("b", 1, CONFIG, tiny, None)
+
+
+def test_closing_one_that_somebody_waits_for(engine, tiny):
+    engine.start("a", 0, CONFIG, replace(tiny, budget=steps(1000, 1)), None)
+    told = []
+
+    def wait() -> None:
+        try:
+            engine.advance("a", 1000.0)
+        except Forgotten as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.5)
+    engine.forget(0)
+    thread.join(timeout=30)
+    assert told == ["trial 0 was closed"]
+
+
+def test_no_room_for_another_base_until_others_end(engine, tiny, monkeypatch):
+    engine.start("a", 0, CONFIG, tiny, None)
+
+    def full(*key):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(qlora_sft.model, "base", full)
+    with pytest.raises(NoRoomYet, match="no room for the model"):
+        engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+    engine.close("a")
+    with pytest.raises(MemoryError, match="no room for the model", check=lambda error: type(error) is MemoryError):
+        engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+
+
+def test_nobody_starves_when_few_fit_together(engine, tiny, monkeypatch):
+    """Of two bases with four trials each, two at a time."""
+    job = replace(tiny, budget=steps(8, 1))
+    configs = [config(seed=seed, quant_type=quant_type) for seed in range(4) for quant_type in ("nf4", "fp4")]
+    label_losses = bases.label_losses
+
+    def scarce(model, batch):
+        if len(batch.input_ids) > 2 * CONFIG.batch_size and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(model, batch)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    for number, each in enumerate(configs):
+        engine.start(f"trial {number}", number, each, replace(job, budget=steps(1000, 1)), None)
+    with ThreadPoolExecutor(len(configs)) as pool:
+        slices = list(pool.map(lambda number: engine.advance(f"trial {number}", 3.0)[0], range(len(configs))))
+    done = [len(slice_.steps) for slice_ in slices]
+    assert min(done) > 0
+    assert max(done) - min(done) <= 0.3 * max(done)

@@ -1,0 +1,140 @@
+"""The adapter of one trial, with its optimiser; and adapters of one shape, stacked for the layers.
+
+Weights, gradients and moments are vectors over all layers, so that a step takes few operations whatever the model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from bitsandbytes.optim.adamw import PagedAdamW8bit
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from trainables.config import QLoRAConfig
+from trainables.packed.layers import LowRank
+
+Layers = Mapping[int, tuple[str, int, int]]
+"""Name, inputs and outputs of layers, by their number."""
+
+
+class Adapter:
+    """LoRA weights in fp32 as PEFT initialises them, and the optimiser of a trial."""
+
+    def __init__(self, config: QLoRAConfig, layers: Layers, device: torch.device, base_dtype: torch.dtype) -> None:
+        """`layers` are those that it adapts; initial weights are rounded to `base_dtype`, as PEFT does."""
+        self.config = config
+        self.layers = layers
+        self.scale = config.alpha / (math.sqrt(config.r) if config.rslora else config.r)
+        size = sum(config.r * (inputs + outputs) for _, inputs, outputs in layers.values())
+        self.weights = torch.empty(size, device=device)
+        self.gradient: Tensor
+        """Of the weights; it is zero between steps, and a place in a `Stack`."""
+        self.named = {
+            f"{layers[number][0]}.lora_{which}.weight": view
+            for number, which, view in views(self.weights, config.r, layers)
+        }
+        """Views of the weights: A (r, in) and B (out, r) of every layer."""
+        for name, weight in self.named.items():
+            if "lora_B" in name:
+                weight.zero_()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            for name, inputs, outputs in layers.values():
+                a = _initial(inputs, outputs, config.r)
+                self.named[f"{name}.lora_A.weight"].copy_(a.to(base_dtype))
+        self.trained: dict[str, torch.nn.Parameter]
+        """What the optimiser sees."""
+        self.optimizer: Optimizer
+        if config.optimizer == "paged_adamw_8bit":  # it decides weight by weight what is kept in 8 bits
+            self.trained = {name: torch.nn.Parameter(weight) for name, weight in self.named.items()}
+            self.optimizer = PagedAdamW8bit(self.trained.values(), weight_decay=config.weight_decay)
+        else:
+            self.trained = {"adapter": torch.nn.Parameter(self.weights)}
+            self.optimizer = AdamW(self.trained.values(), weight_decay=config.weight_decay, fused=True)
+
+    def update(self, norm: float, learning_rate: float) -> None:
+        """Clip gradients of this `norm`, take an optimiser step, and forget them."""
+        self.gradient.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))  # as torch's clip_grad_norm_
+        if len(self.trained) == 1:
+            gradients: Iterator[Tensor] = iter([self.gradient])
+        else:
+            gradients = (view for _, _, view in views(self.gradient, self.config.r, self.layers))
+        for weight, gradient in zip(self.trained.values(), gradients, strict=True):
+            weight.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.gradient.zero_()
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state; nothing before the first step."""
+        return {
+            # bitsandbytes keeps a number here, and one quantisation map for all weights
+            f"{name}.{key}": torch.as_tensor(value).cpu().clone()
+            for name, weight in self.trained.items()
+            for key, value in self.optimizer.state[weight].items()
+        }
+
+    def set_moments(self, saved: Mapping[str, Tensor]) -> None:
+        for name, weight in self.trained.items():
+            prefix = f"{name}."
+            mine = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+            if not mine:  # there is nothing before the first step
+                continue
+            if isinstance(self.optimizer, PagedAdamW8bit):
+                self.optimizer.init_state(self.optimizer.param_groups[0], weight, 0, 0)  # allocates paged memory
+                state = self.optimizer.state[weight]
+                state["step"] = int(mine.pop("step"))
+                for key, value in mine.items():
+                    state[key].copy_(value)
+            else:
+                self.optimizer.state[weight] = {key: value.to(weight.device) for key, value in mine.items()}
+
+
+class Stack:
+    """Adapters of one shape: their weights in the data type of products, and the gradients that layers add to."""
+
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, rounded: torch.dtype) -> None:
+        """Weights are rounded to `rounded`; gradients must be zero, for they move here."""
+        first = adapters[0]
+        r, layers = first.config.r, first.layers
+        self.adapters = list(adapters)
+        self.rounded = rounded
+        self.copies = torch.empty((len(adapters), len(first.weights)), dtype=dtype, device=first.weights.device)
+        self.gradients = torch.zeros_like(self.copies, dtype=torch.float32)
+        for number in range(len(adapters)):
+            self.refresh(number)
+        of_copies, of_gradients = views(self.copies, r, layers), views(self.gradients, r, layers)
+        pairs = [
+            (number, copy, gradient)
+            for (number, _, copy), (_, _, gradient) in zip(of_copies, of_gradients, strict=True)
+        ]
+        self.layers = {
+            number: LowRank(a, b, a_gradient, b_gradient)
+            for (number, a, a_gradient), (_, b, b_gradient) in zip(pairs[::2], pairs[1::2], strict=True)
+        }
+        for adapter, gradient in zip(self.adapters, self.gradients, strict=True):  # last: memory may run out before
+            adapter.gradient = gradient
+
+    def refresh(self, number: int) -> None:
+        """Copy the weights of an adapter anew."""
+        self.copies[number].copy_(self.adapters[number].weights.to(self.rounded))
+
+
+def views(vectors: Tensor, r: int, layers: Layers) -> Iterator[tuple[int, str, Tensor]]:
+    """Of vectors (…, size): number of the layer, "A" or "B", and the view (…, r, in) or (…, out, r), layer by layer."""
+    end = 0
+    for number, (_, inputs, outputs) in layers.items():
+        for which, shape in (("A", (r, inputs)), ("B", (outputs, r))):
+            first, end = end, end + shape[0] * shape[1]
+            yield number, which, vectors[..., first:end].unflatten(-1, shape)
+
+
+def _initial(inputs: int, outputs: int, r: int) -> Tensor:
+    """(r, inputs): A as PEFT draws it, which makes and initialises two linear layers first."""
+    uniform = partial(torch.nn.init.kaiming_uniform_, a=math.sqrt(5))
+    for shape in ((r, inputs), (outputs, r)):
+        uniform(torch.empty(shape))
+    return uniform(torch.empty(r, inputs))

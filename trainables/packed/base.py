@@ -1,0 +1,209 @@
+"""A quantised base through which the rows of many trials go together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import PreTrainedModel
+
+from trainables.packed.adapter import Adapter, Stack
+from trainables.packed.layers import Dropout, Part, Plan, pack
+
+Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Token ids, and which of them are supervised."""
+LOGITS_AT_ONCE = 2**26
+"""Logits that are held in fp32 at the same time (256 MiB) while the loss is taken."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows of one trial that go through the base."""
+
+    adapter: Adapter
+    rows: Sequence[Row]
+    seeds: Sequence[int] | None
+    """Of the dropout, one a row, below 2**32; None while scoring, when nothing is dropped."""
+
+    @property
+    def labels(self) -> int:
+        return sum(labels_of(row) for row in self.rows)
+
+
+def labels_of(row: Row) -> int:
+    """Supervised tokens but the first: nothing predicts that one."""
+    return int(np.count_nonzero(row[1][1:]))
+
+
+class Base:
+    """A frozen quantised model and the adapters that it serves."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Replaces the quantised layers of `model`; `dtype` is that in which they multiply."""
+        self.model = model
+        self.dtype = dtype
+        self.plan = Plan(torch.zeros((), device=model.device, requires_grad=True))
+        self.layers = pack(model, self.plan, dtype)
+        self._stacks: dict[tuple[object, ...], Stack] = {}
+        self._checkpointing = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it serves no adapter."""
+        return not self._stacks
+
+    def seat(self, adapter: Adapter) -> None:
+        """Serve this adapter, too. Between optimiser steps only."""
+        key = _shape(adapter)
+        others = self._stacks[key].adapters if key in self._stacks else []
+        self._stacks[key] = Stack([*others, adapter], self.dtype, self.model.dtype)
+
+    def dismiss(self, adapter: Adapter) -> None:
+        """Serve it no longer. Between optimiser steps only."""
+        self.plan.parts = ()
+        key = _shape(adapter)
+        others = [other for other in self._stacks[key].adapters if other is not adapter]
+        if others:
+            self._stacks[key] = Stack(others, self.dtype, self.model.dtype)
+        else:
+            del self._stacks[key]
+
+    def refresh(self, adapter: Adapter) -> None:
+        """Take over the weights of an adapter that have changed."""
+        stack = self._stacks[_shape(adapter)]
+        stack.refresh(stack.adapters.index(adapter))
+
+    def losses(self, works: Sequence[Work], pad: int) -> list[Tensor]:
+        """Cross-entropy of the labels of each work in nats, fp32 (labels,). A backward pass adds to the gradients.
+
+        In training mode when there is any dropout to draw or gradient to take, else in evaluation mode.
+        """
+        places = []
+        keys = list(self._stacks)
+        for i, work in enumerate(works):
+            key = _shape(work.adapter)
+            places.append((keys.index(key), self._stacks[key].adapters.index(work.adapter), i))
+        places.sort()
+        ordered = [works[i] for _, _, i in places]
+        batch = collate([row for work in ordered for row in work.rows], pad, self.model.device)
+        self.plan.parts = self._parts([(keys[stack], seat) for stack, seat, _ in places], ordered, batch)
+        rows, width = batch.input_ids.shape
+        self.plan.shape = (rows, width)
+        self._set_mode(torch.is_grad_enabled(), any(work.adapter.config.gradient_checkpointing for work in works))
+        losses = label_losses(self.model, batch).split([work.labels for work in ordered])
+        found = {i: each for (_, _, i), each in zip(places, losses, strict=True)}
+        return [found[i] for i in range(len(works))]
+
+    def _parts(
+        self, seats: Sequence[tuple[tuple[object, ...], int]], works: Sequence[Work], batch: "Batch"
+    ) -> list[Part]:
+        """Neighbours in a stack with as many rows each are one part."""
+        runs: list[list[int]] = []
+        for i, (key, seat) in enumerate(seats):
+            if runs:
+                before = runs[-1][-1]
+                if (key, seat - 1) == seats[before] and len(works[i].rows) == len(works[before].rows):
+                    runs[-1].append(i)
+                    continue
+            runs.append([i])
+        parts = []
+        end = 0
+        device = batch.input_ids.device
+        for run in runs:
+            key, seat = seats[run[0]]
+            mine = [works[i] for i in run]
+            first, end = end, end + sum(len(work.rows) for work in mine)
+            dropout = None
+            rates = [0.0 if work.seeds is None else work.adapter.config.dropout for work in mine]
+            if any(rates):
+                of_rows = [rate for rate, work in zip(rates, mine, strict=True) for _ in work.rows]
+                seeds = [seed for work in mine for seed in work.seeds or ()]
+                dropout = Dropout.of(
+                    torch.tensor(seeds, device=device),
+                    torch.tensor(of_rows, dtype=torch.float64, device=device),
+                    len(self.layers),
+                    batch.input_ids.shape[1],
+                )
+            scales = [work.adapter.scale / (1 - rate) for rate, work in zip(rates, mine, strict=True)]
+            parts.append(
+                Part(
+                    slice(first, end),
+                    slice(seat, seat + len(run)),
+                    self._stacks[key].layers,
+                    torch.tensor(scales, dtype=torch.float32, device=device)[:, None, None],
+                    dropout,
+                )
+            )
+        return parts
+
+    def _set_mode(self, training: bool, checkpointing: bool) -> None:
+        if self.model.training != training:  # walks through all modules
+            self.model.train(training)
+        if self._checkpointing != checkpointing:
+            self._checkpointing = checkpointing
+            if checkpointing:
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
+                self.model.disable_input_require_grads()  # only the reentrant kind needs gradients at the embeddings
+            else:
+                self.model.activation_checkpointing_disable()
+
+
+def _shape(adapter: Adapter) -> tuple[object, ...]:
+    return (adapter.config.r, *adapter.layers)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch, on the device."""
+
+    input_ids: Tensor
+    """(rows, width), padded on the right."""
+    positions: Tensor
+    """(labels,): place of each token that predicts a label, counted through the flattened (rows, width)."""
+    labels: Tensor
+    """(labels,): the tokens to be predicted, each the one after its position."""
+
+
+def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
+    """Pad (token ids, label mask) pairs to one width. A row's first token is never a label: nothing predicts it."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = np.full((len(rows), width), pad, dtype=np.int64)
+    predicts = np.zeros((len(rows), width), dtype=np.bool_)
+    for i, (ids, supervised) in enumerate(rows):
+        input_ids[i, : len(ids)] = ids
+        predicts[i, : len(ids) - 1] = supervised[1:]
+    positions = np.flatnonzero(predicts)
+    labels = input_ids.ravel()[positions + 1]
+    return Batch(
+        torch.from_numpy(input_ids).to(device),
+        torch.from_numpy(positions).to(device),
+        torch.from_numpy(labels).to(device),
+    )
+
+
+def label_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy of each label of the batch in nats: fp32, (labels,).
+
+    The output head gets the hidden states of the labelled positions alone, through a hook, so that whatever the
+    model does to its logits (scaling, soft-capping) still happens. No attention mask is passed: padding stands to
+    the right of every token that counts, where causal attention cannot see it.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].flatten(0, 1).index_select(0, batch.positions),))
+    try:
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    if len(logits) <= at_once:
+        return _cross_entropy(logits, batch.labels)
+    chunks = zip(torch.split(logits, at_once), torch.split(batch.labels, at_once), strict=True)
+    return torch.cat([recompute(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -15,14 +15,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, Slice, Started
+from trainables.protocol import Evaluation, Forgotten, Job, Slice, Started
 
 CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
 """How long an engine may take to come back."""
-WAIT_SECONDS = 5.0
-"""Between two attempts to start a trial for which there is no room yet."""
 
 
 class EngineLost(Exception):
@@ -52,7 +50,8 @@ def launch(cpus: float, gpus: float, slots: int) -> Any:
 
 
 class PackedTrial:
-    """See `protocol.Trial`: one that lives in an engine. Raises `EngineLost` when that does not have it any more."""
+    """See `protocol.Trial`: one that lives in an engine. Raises `EngineLost` when that does not have it any more, and
+    `NoRoomYet` when it cannot start beside others."""
 
     def __init__(
         self, engine: Any, number: int, config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None, notes: list[str]
@@ -66,8 +65,6 @@ class PackedTrial:
             try:
                 started: Started = self._call("start", number, config, job, checkpoint)
                 break
-            except NoRoomYet:
-                time.sleep(WAIT_SECONDS)
             except EngineLost:  # another one is being started
                 if time.monotonic() - began > START_SECONDS:
                     raise

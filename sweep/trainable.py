@@ -23,12 +23,14 @@ from sweep.place import Place
 from sweep.repair import may_halve
 from trainables import checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Cost, Evaluation, Job, OutOfMemory, Slice, Trial, best
+from trainables.protocol import Cost, Evaluation, Job, NoRoomYet, OutOfMemory, Slice, Trial, best
 
 SLICE_SECONDS = 2.0
 """Wall clock of one call: short enough to look alive and to stop quickly, long enough that calls cost nothing."""
 WAIT_SECONDS = 9.0
 """How long an ending process waits for W&B; Ray kills it after 10."""
+ROOM_SECONDS = 2.0
+"""Between two attempts to start a trial for which its engine has no room yet."""
 ASK_SECONDS = 5.0
 """How often an object store is asked whether the driver still is the driver."""
 COST = "cost.json"
@@ -128,6 +130,9 @@ class SlicedTrial(tune.Trainable):
                 self._assert_lease()
         try:
             return self._told(self._advance())
+        except NoRoomYet:
+            time.sleep(ROOM_SECONDS)
+            return self._told(NOTHING)
         except OutOfMemory as error:
             reason = str(error)  # the error itself holds on to the tensors of its frames
         except Exception as error:  # noqa: BLE001 - the driver decides; Tune ends the run on one it cannot unpickle
@@ -213,7 +218,7 @@ class SlicedTrial(tune.Trainable):
                 self._log(slice_)
                 if self._trial.step > 0 and slice_.failure is None:
                     self._save()
-        except OSError as error:  # the checkpoint before it is intact, and so is the ledger
+        except (OSError, EngineLost) as error:  # the checkpoint before it is intact, and so is the ledger
             reason = f"trial {self._assignment.number}: no last checkpoint: {error}"
         self._leave("preempted", reason)
         return reason
@@ -243,13 +248,14 @@ class SlicedTrial(tune.Trainable):
         try:
             found = checkpoint.newest(self._directory, self._notes.append)
             if found is not None:
-                self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
                 # The driver may not have got to know of the slice that led there.
                 costs = mine.cost, Cost(**json.loads((found.path / COST).read_text()))
                 self._cost = max(costs, key=lambda cost: (cost.steps, cost.tokens))
             trial = self._start(found)
         finally:  # also of a trial that cannot start; one that is killed while it loads leaves no run behind
             self._run = self._run or self._record()
+        if found is not None:
+            self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
         self._banner = trial.banner
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._saved_as = (trial.step, len(trial.evaluations))

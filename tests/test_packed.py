@@ -9,9 +9,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import OPTConfig, OPTForCausalLM
 
-from tests.test_qlora_sft import CONFIG, curve, finish, losses, steps, stock_base, train_with_trl
+from tests.test_qlora_sft import CONFIG, curve, finish, job_on, losses, steps, stock_base, train_with_trl
 from tests.test_qlora_sft import tiny as tiny  # a fixture
+from tests.tiny import make_tiny_rows, tiny_tokenizer
 from trainables import checkpoint, model, qlora_sft
 from trainables.config import QLoRAConfig
 from trainables.packed import base as bases
@@ -296,3 +298,40 @@ def test_two_bases_side_by_side(pack, tiny):
         assert losses(trial.evaluations) == curve(each, tiny)[1]
     assert model.base(tiny.model, "nf4", "fp32", True) is trials[0].base
     assert qlora_sft.start(configs[0], tiny, None).base is trials[0].base
+
+
+def test_a_model_that_makes_one_of_rows_and_width_and_has_dropout_of_its_own(tiny, tmp_path_factory):
+    """OPT: its layers behind attention get (rows * width, hidden)."""
+    directory = tmp_path_factory.mktemp("opt")
+    settings = OPTConfig(
+        vocab_size=320,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+        dropout=0.5,
+        attention_dropout=0.5,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    OPTForCausalLM(settings).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    job = job_on(str(directory), make_tiny_rows(directory, train=40, validation=24), directory)
+    configs = [config(seed=1, learning_rate=1e-2), config(seed=2, r=4, dropout=0.1, gradient_checkpointing=True)]
+    made = Pack(configs, job).train()
+    made.close()
+    for done, each in zip(made.steps, configs, strict=True):
+        training, _ = curve(each, job)
+        assert losses(done) == pytest.approx(training, abs=1e-4)
+    assert losses(made.steps[0])[-1] < losses(made.steps[0])[0] - 0.1
+
+
+def test_an_input_that_cannot_be_told_apart_is_refused(pack):
+    [trial] = pack([config()]).trials
+    turn([trial])
+    layer = next(module for module in trial.base.model.modules() if isinstance(module, layers.PackedLinear))
+    rows, width = trial.base.plan.shape
+    with pytest.raises(ValueError, match=r"target_modules: model\.layers\.0\.self_attn\.q_proj gets an input of shape"):
+        layer(torch.zeros(rows * width - 1, layer.replaced.in_features))

@@ -87,10 +87,9 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
             if (stored := layer.weight.quant_state.quant_type) != quant_type:
                 raise ValueError(f"{model} is stored in {stored}, quant_type is {quant_type}; use unquantised weights")
     for module in loaded.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - of a type that mypy does not know
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
     loaded.requires_grad_(False).train(False)
     return Base(loaded, torch.float32 if in_fp32 else DTYPES[compute_dtype])
 

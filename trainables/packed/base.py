@@ -78,10 +78,7 @@ class Base:
         stack.refresh(stack.adapters.index(adapter))
 
     def losses(self, works: Sequence[Work], pad: int) -> list[Tensor]:
-        """Cross-entropy of the labels of each work in nats, fp32 (labels,). A backward pass adds to the gradients.
-
-        In training mode when there is any dropout to draw or gradient to take, else in evaluation mode.
-        """
+        """Cross-entropy of the labels of each work in nats, fp32 (labels,). A backward pass adds to the gradients."""
         places = []
         keys = list(self._stacks)
         for i, work in enumerate(works):
@@ -93,7 +90,7 @@ class Base:
         self.plan.parts = self._parts([(keys[stack], seat) for stack, seat, _ in places], ordered, batch)
         rows, width = batch.input_ids.shape
         self.plan.shape = (rows, width)
-        self._set_mode(torch.is_grad_enabled(), any(work.adapter.config.gradient_checkpointing for work in works))
+        self._checkpoint(any(work.adapter.config.gradient_checkpointing for work in works))
         losses = label_losses(self.model, batch).split([work.labels for work in ordered])
         found = {i: each for (_, _, i), each in zip(places, losses, strict=True)}
         return [found[i] for i in range(len(works))]
@@ -140,12 +137,12 @@ class Base:
             )
         return parts
 
-    def _set_mode(self, training: bool, checkpointing: bool) -> None:
-        if self.model.training != training:  # walks through all modules
-            self.model.train(training)
-        if self._checkpointing != checkpointing:
-            self._checkpointing = checkpointing
-            if checkpointing:
+    def _checkpoint(self, wanted: bool) -> None:
+        """Whether activations are computed again in backward passes, which models do in training mode only."""
+        if self._checkpointing != wanted:  # walks through all modules
+            self._checkpointing = wanted
+            self.model.train(wanted)
+            if wanted:
                 self.model.activation_checkpointing_enable({"use_reentrant": False})
                 self.model.disable_input_require_grads()  # only the reentrant kind needs gradients at the embeddings
             else:

@@ -267,7 +267,8 @@ def _train(trials: Sequence[QLoRATrial]) -> None:
         torch.stack(means).sum().backward()
         for i, mean in zip(present, means, strict=True):
             losses[i] += mean.detach()
-    norms = [torch.linalg.vector_norm(trial.adapter.gradient) for trial in trials]
+    # In fp64: a sum of millions of squares loses the fourth digit in fp32.
+    norms = [torch.linalg.vector_norm(trial.adapter.gradient, dtype=torch.float64).float() for trial in trials]
     values = torch.stack([*losses, *norms]).tolist()  # the only wait for the device
     tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
     seconds = time.perf_counter() - began

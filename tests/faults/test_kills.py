@@ -95,7 +95,7 @@ def test_work_that_the_driver_never_heard_of_is_counted(tmp_path):
     place.paths.spec.write_text("name: toy")
     tracked = Tracking("p", None, "toy", "disabled", str(place.paths.tracking))
     job = Job("", "", Budget(None, 60, 9))
-    mine = Assignment(0, "toy", QLoRAConfig(), job, Lease(place, "me"), -1, Cost(), 1, tracked, "abcd", (), 5.0)
+    mine = Assignment(0, "toy", QLoRAConfig(), job, Lease(place, "me"), -1, Cost(), 1, tracked, "abcd", (), 5.0, None)
 
     def started() -> SlicedTrial:
         trial = object.__new__(SlicedTrial)  # without Ray

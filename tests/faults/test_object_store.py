@@ -234,7 +234,7 @@ def test_a_request_that_is_refused_once_takes_no_rows_away(place, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     tracked = Tracking("p", None, "toy", "offline", str(place.paths.tracking))
     job = Job("", "", Budget(None, 60, 9))
-    mine = Assignment(0, "toy", QLoRAConfig(), job, lease, -1, Cost(), 1, tracked, "abcd", (), 5.0)
+    mine = Assignment(0, "toy", QLoRAConfig(), job, lease, -1, Cost(), 1, tracked, "abcd", (), 5.0, None)
     trial = object.__new__(SlicedTrial)
     trial.setup({"assignment": mine})
 

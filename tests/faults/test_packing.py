@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sweep.study import ranking
-from tests import sweeps
+from tests import nodes, sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from tests.wandb_files import history
 
@@ -18,7 +18,7 @@ SPEC = """
 name: tiny
 model: {inputs}/llama
 data: {{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl, max_length: 64}}
-budget: {{steps: 60, evaluations: 3}}
+budget: {{steps: 120, evaluations: 3}}
 search: {{trials: 6, seed: 1, sampler: random}}
 early_stopping: false
 space:
@@ -68,7 +68,11 @@ def assert_same_outcome(space: Path, serial) -> None:
 
 
 def processes(process, word: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if word in p.name()]
+    return [p for p in children(process) if word in p.name()]
+
+
+def children(process) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
 
 
 def test_a_packed_sweep_is_a_serial_one(space, serial):
@@ -79,7 +83,7 @@ def test_a_packed_sweep_is_a_serial_one(space, serial):
     for entry in sweeps.entries(space, "tiny"):
         (fragment,) = space.parent.glob(f"sweeps/tiny/wandb/*run-*/run-*-{entry.number:03d}.wandb")
         steps = [row["train/global_step"] for row in history(fragment) if "train/loss" in row]
-        assert steps == list(range(1, 61))
+        assert steps == list(range(1, 121))
     assert (space.parent / "sweeps/tiny/best/adapter_model.safetensors").exists()
 
 
@@ -94,21 +98,22 @@ def test_told_to_end(space, serial):
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_outcome(space, serial)
-    assert sum(e.cost.steps for e in sweeps.entries(space, "tiny")) == 6 * 60  # nothing was trained twice
+    assert sum(e.cost.steps for e in sweeps.entries(space, "tiny")) == 6 * 120  # nothing was trained twice
 
 
-@pytest.mark.parametrize("word", ["EngineProcess", "SlicedTrial"])
+@pytest.mark.parametrize("word", ["EngineProcess", "Trainable"])
 def test_a_killed_process(space, serial, word):
     """That of the engine, with all its trials, or that of a trial."""
     process = sweeps.start(space, "--set", "packing.slots=6")
-    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
-    processes(process, word)[0].kill()
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
+    found = processes(process, word) if word == "EngineProcess" else nodes.trial_processes(children(process))
+    found[0].kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     told = "lost its engine" if word == "EngineProcess" else "lost its process"
     assert told in output
     assert_same_outcome(space, serial)
-    assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == (word == "SlicedTrial")
+    assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == (word == "Trainable")
 
 
 def test_the_end_of_an_engine_counts_once(space):

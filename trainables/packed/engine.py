@@ -201,8 +201,9 @@ class Engine:
         if len(group) == 1:
             group[0].error = failure
         elif isinstance(failure, OutOfMemory):
-            self._most[group[0].trial.base] = len(group) // 2
-            self._notes.append(f"{len(group)} trials do not fit into memory together: {len(group) // 2} at a time")
+            half = -(-len(group) // 2)
+            self._most[group[0].trial.base] = half
+            self._notes.append(f"{len(group)} trials do not fit into memory together: {half} at a time")
         else:
             self._notes.append(f"{type(failure).__name__} in a step of {len(group)} trials: each takes it alone")
             for member in group:

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tests import sweeps
+from tests.tiny import make_tiny_llama, make_tiny_rows
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several workers that wait for each other take minutes
 
@@ -13,6 +14,15 @@ def pytest_collection_modifyitems(items):
     """Files of long tests first, so that no worker is left with them when the others are done."""
     long = ("tiny_sweep", "qlora_sft", "faults", "sync", "tracking", "run")
     items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in str(item.path)), len(long)))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A directory with a tiny model, llama/, and its train.jsonl and validation.jsonl."""
+    directory = tmp_path_factory.mktemp("inputs")
+    make_tiny_llama(directory / "llama")
+    make_tiny_rows(directory, train=64, validation=24)
+    return directory
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tests.test_qlora_sft import tiny as tiny  # a fixture
 from trainables import checkpoint, qlora_sft
 from trainables.config import QLoRAConfig
 from trainables.packed import base as bases
+from trainables.packed import engine as engines
 from trainables.packed.engine import Engine
 from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, OutOfMemory, Step
 
@@ -49,12 +50,22 @@ def drive_all(engine: Engine, configs: list[QLoRAConfig], job: Job) -> list[tupl
         return list(pool.map(lambda i: drive(engine, i, configs[i], job), range(len(configs))))
 
 
+def make_room_for(rows: int, monkeypatch) -> None:
+    """Memory runs out when more rows than these are trained on together."""
+    label_losses = bases.label_losses
+
+    def scarce(model, batch):
+        if len(batch.input_ids) > rows and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(model, batch)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+
+
 def counted_turns(monkeypatch) -> list[int]:
     """Trials in each turn of what follows."""
-    from trainables.packed import engine as module
-
     turns: list[int] = []
-    monkeypatch.setattr(module, "turn", lambda trials: turns.append(len(trials)) or qlora_sft.turn(trials))
+    monkeypatch.setattr(engines, "turn", lambda trials: turns.append(len(trials)) or qlora_sft.turn(trials))
     return turns
 
 
@@ -83,11 +94,12 @@ def test_a_trial_goes_on_up_to_its_evaluation_and_no_further(engine, tiny):
     engine.start("a", 0, CONFIG, replace(tiny, budget=steps(40, 2)), None)
     first, _ = engine.advance("a", 0.0)
     assert 1 <= len(first.steps) < 20
-    time.sleep(5)  # nobody asks
+    while engine._members["a"].goes_on:  # though nobody asks
+        time.sleep(0.01)
     second, _ = engine.advance("a", 0.0)
     assert second.evaluation is not None
     assert len(first.steps) + len(second.steps) == 20
-    time.sleep(1)
+    time.sleep(0.2)
     assert engine.hold("a").steps == ()
 
 
@@ -127,14 +139,7 @@ def test_what_does_not_fit_together_is_taken_in_parts(engine, tiny, monkeypatch)
     job = replace(tiny, budget=steps(6, 1))
     configs = [config(seed=seed) for seed in (1, 2, 3, 4)]
     expected = [curve(each, job)[0] for each in configs]
-    label_losses = bases.label_losses
-
-    def scarce(model, batch):
-        if len(batch.input_ids) > 2 * CONFIG.batch_size and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return label_losses(model, batch)
-
-    monkeypatch.setattr(bases, "label_losses", scarce)
+    make_room_for(2 * CONFIG.batch_size, monkeypatch)
     notes: list[str] = []
     advance = Engine.advance
 
@@ -156,14 +161,7 @@ def test_one_that_does_not_fit_alone_is_told_so_and_the_others_go_on(engine, tin
     job = replace(tiny, budget=steps(6, 1))
     small, large = config(seed=1, batch_size=4), config(seed=2, batch_size=16)
     expected = curve(small, job)[0]
-    label_losses = bases.label_losses
-
-    def scarce(model, batch):
-        if len(batch.input_ids) > 8 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return label_losses(model, batch)
-
-    monkeypatch.setattr(bases, "label_losses", scarce)
+    make_room_for(8, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         fine = pool.submit(drive, engine, 0, small, job)
         fails = pool.submit(drive, engine, 1, large, job)
@@ -234,14 +232,7 @@ def test_nobody_starves_when_few_fit_together(engine, tiny, monkeypatch):
     """Of two bases with four trials each, two at a time."""
     job = replace(tiny, budget=steps(8, 1))
     configs = [config(seed=seed, quant_type=quant_type) for seed in range(4) for quant_type in ("nf4", "fp4")]
-    label_losses = bases.label_losses
-
-    def scarce(model, batch):
-        if len(batch.input_ids) > 2 * CONFIG.batch_size and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return label_losses(model, batch)
-
-    monkeypatch.setattr(bases, "label_losses", scarce)
+    make_room_for(2 * CONFIG.batch_size, monkeypatch)
     for number, each in enumerate(configs):
         engine.start(f"trial {number}", number, each, replace(job, budget=steps(1000, 1)), None)
     with ThreadPoolExecutor(len(configs)) as pool:

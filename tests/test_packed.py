@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import OPTConfig, OPTForCausalLM
 
 from tests.test_qlora_sft import CONFIG, curve, finish, job_on, losses, steps, stock_base, train_with_trl
 from tests.test_qlora_sft import tiny as tiny  # a fixture
-from tests.tiny import make_tiny_rows, tiny_tokenizer
+from tests.tiny import make_tiny_opt, make_tiny_rows
 from trainables import checkpoint, model, qlora_sft
 from trainables.config import QLoRAConfig
 from trainables.packed import base as bases
@@ -300,25 +300,10 @@ def test_two_bases_side_by_side(pack, tiny):
     assert qlora_sft.start(configs[0], tiny, None).base is trials[0].base
 
 
-def test_a_model_that_makes_one_of_rows_and_width_and_has_dropout_of_its_own(tiny, tmp_path_factory):
+def test_a_model_that_makes_one_of_rows_and_width_and_has_dropout_of_its_own(tmp_path):
     """OPT: its layers behind attention get (rows * width, hidden)."""
-    directory = tmp_path_factory.mktemp("opt")
-    settings = OPTConfig(
-        vocab_size=320,
-        hidden_size=64,
-        ffn_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=64,
-        dropout=0.5,
-        attention_dropout=0.5,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    OPTForCausalLM(settings).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    job = job_on(str(directory), make_tiny_rows(directory, train=40, validation=24), directory)
+    opt = make_tiny_opt(tmp_path / "opt")
+    job = job_on(str(opt), make_tiny_rows(tmp_path, train=40, validation=24), tmp_path)
     configs = [config(seed=1, learning_rate=1e-2), config(seed=2, r=4, dropout=0.1, gradient_checkpointing=True)]
     made = Pack(configs, job).train()
     made.close()
@@ -335,3 +320,57 @@ def test_an_input_that_cannot_be_told_apart_is_refused(pack):
     rows, width = trial.base.plan.shape
     with pytest.raises(ValueError, match=r"target_modules: model\.layers\.0\.self_attn\.q_proj gets an input of shape"):
         layer(torch.zeros(rows * width - 1, layer.replaced.in_features))
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 16 / math.sqrt(8))])
+def test_what_dropout_takes_is_made_up_for_while_training_alone(pack, rslora, scale):
+    trials = pack([config(dropout=0.2, rslora=rslora), config(rslora=rslora)]).trials
+    turn(trials)
+    [part] = trials[0].base.plan.parts
+    assert part.scales.flatten().tolist() == pytest.approx([scale / 0.8, scale])
+    while trials[0].evaluation_due is None:
+        turn(trials)
+    turn(trials)
+    [part] = trials[0].base.plan.parts
+    assert part.scales.flatten().tolist() == pytest.approx([scale, scale])
+    assert part.dropout is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_a_layer_by_hand(dtype, rate):
+    """Two adapters, three rows each, and a row in front that belongs to neither; against autograd on the formula."""
+    draw = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    linear = Linear4bit(64, 32, bias=True, compute_dtype=dtype, quant_type="nf4")
+    linear.load_state_dict({"weight": random(32, 64).to(dtype), "bias": random(32).to(dtype)})
+    linear = linear.to(torch.device("cpu"))
+    plan = layers.Plan(torch.zeros((), requires_grad=True))
+    layer = layers.PackedLinear(linear, "layer", 0, plan, torch.float32)
+    a, b = random(2, 4, 64), random(2, 32, 4)
+    pair = layers.LowRank(a, b, torch.zeros_like(a), torch.zeros_like(b))
+    dropout = layers.Dropout.of(torch.arange(6), torch.full((6,), rate, dtype=torch.float64), 1, 5) if rate else None
+    scales = torch.tensor([2.0, 0.5]) / (1 - rate)
+    plan.parts = [layers.Part(slice(1, 7), slice(0, 2), {0: pair}, scales[:, None, None], dropout)]
+    plan.shape = (7, 5)
+    x = random(7, 5, 64).to(dtype).requires_grad_()
+    weights = random(7, 5, 32)
+    y = layer(x)
+    (y.float() * weights).sum().backward()
+
+    kept = dropout.kept(0, layer.inputs, torch.float32) if dropout else torch.ones(6, 5, 64)
+    x2, a2, b2 = (each.detach().float().requires_grad_() for each in (x, a, b))
+    base = torch.nn.functional.linear(x2, layer.weight(), linear.bias.float())
+    dropped = (x2[1:] * kept).reshape(2, 15, 64)
+    term = (dropped @ a2.mT @ b2.mT * scales[:, None, None]).reshape(6, 5, 32)
+    rounded = base.to(dtype).float()  # before the terms come to it
+    expected = torch.cat([rounded[:1], rounded[1:] + term]).to(dtype)
+    (torch.cat([base[:1], base[1:] + term]) * weights).sum().backward()
+    exact = dtype is torch.float32
+    assert torch.allclose(y.float(), expected.float(), rtol=1e-5 if exact else 2**-7, atol=1e-4)
+    assert exact or (y == expected).double().mean() > 0.99
+    for ours, theirs in ((pair.a_gradient, a2.grad), (pair.b_gradient, b2.grad), (x.grad.float(), x2.grad)):
+        assert torch.linalg.vector_norm(ours - theirs) <= (1e-5 if exact else 1e-2) * torch.linalg.vector_norm(theirs)

@@ -14,7 +14,6 @@ from optuna.trial import TrialState
 
 from sweep.study import ranking
 from tests import sweeps
-from tests.tiny import make_tiny_llama, make_tiny_rows
 from tests.wandb_files import final, history, records
 
 SPEC = """
@@ -34,14 +33,6 @@ space:
 tracking: {mode: offline}
 resources: {concurrency: 1}
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    make_tiny_llama(directory / "llama")
-    make_tiny_rows(directory, train=64, validation=24)
-    return directory
 
 
 @pytest.fixture(scope="module")

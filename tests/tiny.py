@@ -26,12 +26,9 @@ CHATML = (
 
 def make_tiny_llama(directory: Path) -> Path:
     """Save a Llama of 2 layers (about 100,000 random parameters, always the same) with its tokenizer to `directory`."""
-    import torch  # here and below: seconds to import, and not every test needs it
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import, and not every test needs it
 
-    tokenizer = tiny_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -39,13 +36,38 @@ def make_tiny_llama(directory: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,  # as in SmolLM2
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
+    return _save(LlamaForCausalLM, config, directory)
+
+
+def make_tiny_opt(directory: Path) -> Path:
+    """The same of an OPT, with much dropout of its own and biases."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+        dropout=0.5,
+        attention_dropout=0.5,
+    )
+    return _save(OPTForCausalLM, config, directory)
+
+
+def _save(kind: Any, config: Any, directory: Path) -> Path:
+    import torch
+
+    tokenizer = tiny_tokenizer()
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = kind(config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -155,8 +155,11 @@ class QLoRATrial:
         starts = range(0, len(rows), self.micro_batch)
         return [Work(self.adapter, rows[i : i + self.micro_batch], seeds[i : i + self.micro_batch]) for i in starts]
 
-    def learn(self, loss: float, norm: float, tokens: int, seconds: float) -> None:
-        """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights."""
+    def learn(self, loss: float, norm: float, tokens: int, began: float, share: float) -> None:
+        """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights.
+
+        The step `began` at this `time.perf_counter()`; of its time `share` is this trial's.
+        """
         for name, value in (("training loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 self.failure = f"{name} is {value} in step {self.step + 1}"
@@ -166,6 +169,7 @@ class QLoRATrial:
         self.adapter.update(norm, learning_rate)
         self.base.refresh(self.adapter)
         self.step += 1
+        seconds = share * (time.perf_counter() - began)
         self.new_steps.append(Step(self.step, loss, learning_rate, norm, tokens, seconds))
 
     def note_scored(self, loss: float, seconds: float) -> None:
@@ -271,9 +275,8 @@ def _train(trials: Sequence[QLoRATrial]) -> None:
     norms = [torch.linalg.vector_norm(trial.adapter.gradient, dtype=torch.float64).float() for trial in trials]
     values = torch.stack([*losses, *norms]).tolist()  # the only wait for the device
     tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
-    seconds = time.perf_counter() - began
     for i, trial in enumerate(trials):
-        trial.learn(values[i], values[len(trials) + i], tokens[i], seconds * tokens[i] / sum(tokens))
+        trial.learn(values[i], values[len(trials) + i], tokens[i], began, tokens[i] / sum(tokens))
 
 
 def _score(trials: Sequence[QLoRATrial]) -> None:

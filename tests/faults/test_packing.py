@@ -11,7 +11,6 @@ from optuna.trial import TrialState
 
 from sweep.study import ranking
 from tests import nodes, sweeps
-from tests.tiny import make_tiny_llama, make_tiny_rows
 from tests.wandb_files import history
 
 SPEC = """
@@ -30,14 +29,6 @@ space:
 tracking: {{mode: offline}}
 packing: {{slots: 3}}
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    make_tiny_llama(directory / "llama")
-    make_tiny_rows(directory, train=64, validation=24)
-    return directory
 
 
 @pytest.fixture
@@ -121,12 +112,15 @@ def test_the_end_of_an_engine_counts_once(space):
     process = sweeps.start(space, "--set", "packing.slots=6", "--set", "budget.steps=6000")
     try:
         trials = space.parent / "sweeps/tiny/trials"
-        sweeps.wait_until(lambda: len(list(trials.glob("*/attempt.txt"))) == 6, process)
+
+        def attempts() -> set[str]:  # of trials that have begun to train
+            return {(rows.parent / "attempt.txt").read_text() for rows in trials.glob("*/rows.jsonl")}
+
+        sweeps.wait_until(lambda: len(attempts()) == 6, process)
+        before = attempts()
         (first,) = processes(process, "EngineProcess")
-        time.sleep(2)
         first.kill()
-        sweeps.wait_until(lambda: [p for p in processes(process, "EngineProcess") if p.pid != first.pid], process)
-        time.sleep(5)
+        sweeps.wait_until(lambda: not attempts() & before, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     finally:

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup bench-gpu
 
 demo: setup
 	$(BIN)/python -m sweep run search_spaces/pricer.yaml
@@ -15,6 +15,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 setup: .venv/installed models/smollm2-135m
 

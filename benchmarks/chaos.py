@@ -28,7 +28,7 @@ from sweep.study import Entry, ranking
 from tests import nodes, sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
 
-STEPS, EVALUATIONS = 240, 12
+STEPS, EVALUATIONS = 960, 12
 SPEC = f"""
 name: chaos
 model: llama

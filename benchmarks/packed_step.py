@@ -7,6 +7,7 @@ Both are run in turn in one process; shown are medians, and the median of the ra
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -18,13 +19,21 @@ import numpy as np
 import psutil
 import torch
 
-from trainables import data, model
+from trainables import data
 from trainables.config import QLoRAConfig
 from trainables.protocol import Budget, Job
 from trainables.qlora_sft import QLoRATrial, turn
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
 PAIRS = [{"prompt": f"What does {n} times {n} cost?", "completion": f" ${n * n}"} for n in range(40)]
+
+
+def job_on(model: str, directory: Path) -> Job:
+    """A job on a few rows, which `trials_of` replaces."""
+    file = directory / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    tokens = data.prepare(data.DataConfig(train=str(file), validation=0.2), model, directory / "tokens").path
+    return Job(model, str(tokens), Budget(None, 100, 1))
 
 
 def rows_of(tokens: int, rows: int, vocabulary: int) -> data.Rows:
@@ -35,8 +44,11 @@ def rows_of(tokens: int, rows: int, vocabulary: int) -> data.Rows:
     return data.Rows(ids, supervised, np.arange(rows + 1, dtype=np.int64) * tokens)
 
 
-def trials_of(configs: list[QLoRAConfig], job: Job, rows: data.Rows) -> list[QLoRATrial]:
+def trials_of(job: Job, slots: int, tokens: int, settings: dict[str, object]) -> list[QLoRATrial]:
+    """One for each seed from 0 on, with rows of so many tokens."""
+    configs = [QLoRAConfig.model_validate(settings | {"seed": seed}) for seed in range(slots)]
     trials = [QLoRATrial(config, job, None) for config in configs]
+    rows = rows_of(tokens, 256, trials[0].base.model.config.vocab_size)
     for trial in trials:
         trial.train = rows
     return trials
@@ -49,14 +61,10 @@ def now() -> float:
     return time.perf_counter()
 
 
-def measure(job: Job, dtype: str, batch: int, asked: argparse.Namespace) -> tuple[float, float, float]:
+def measure(trials: list[QLoRATrial], runs: int) -> tuple[float, float, float]:
     """Seconds of K single steps and of a packed one, and their ratio: medians over the runs, the first left out."""
-    settings = {"r": asked.r, "batch_size": batch, "compute_dtype": dtype}
-    configs = [QLoRAConfig.model_validate(settings | {"seed": seed}) for seed in range(asked.slots)]
-    vocabulary = model.base(job.model, "nf4", configs[0].compute_dtype, True).model.config.vocab_size
-    trials = trials_of(configs, job, rows_of(asked.tokens, 256, vocabulary))
     alone, together = [], []
-    for _ in range(asked.runs + 1):
+    for _ in range(runs + 1):
         began = now()
         for trial in trials:
             turn([trial])
@@ -64,10 +72,15 @@ def measure(job: Job, dtype: str, batch: int, asked: argparse.Namespace) -> tupl
         began = now()
         turn(trials)
         together.append(now() - began)
-    for trial in trials:
-        trial.close()
     ratios = [a / b for a, b in zip(alone[1:], together[1:], strict=True)]
     return statistics.median(alone[1:]), statistics.median(together[1:]), statistics.median(ratios)
+
+
+def header() -> str:
+    """Date, machine and versions."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return f"{time.strftime('%Y-%m-%d')}, {where}, {psutil.virtual_memory().total / 2**30:.0f} GiB, {packages}"
 
 
 def main() -> None:
@@ -80,20 +93,18 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--runs", type=int, default=5)
     asked = parser.parse_args()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    print(f"{time.strftime('%Y-%m-%d')}, {where}, {psutil.virtual_memory().total / 2**30:.0f} GiB, {packages}")
+    print(header())
     print(f"K {asked.slots}, r {asked.r}, rows of {asked.tokens} tokens, {asked.runs} runs")
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "rows.jsonl")
-        file.write_text("".join(f"{row}\n".replace("'", '"') for row in PAIRS))
-        settings = data.DataConfig(train=str(file), validation=0.2)
-        tokens = data.prepare(settings, asked.model, Path(directory, "tokens")).path
-        job = Job(asked.model, str(tokens), Budget(None, 100, 1))
+        job = job_on(asked.model, Path(directory))
         print("dtype  batch   K steps, s   packed, s   ratio")
         for dtype in asked.dtypes:
             for batch in asked.batches:
-                alone, together, ratio = measure(job, dtype, batch, asked)
+                settings = {"r": asked.r, "batch_size": batch, "compute_dtype": dtype}
+                trials = trials_of(job, asked.slots, asked.tokens, settings)
+                alone, together, ratio = measure(trials, asked.runs)
+                for trial in trials:
+                    trial.close()
                 print(f"{dtype:5}  {batch:5}  {alone:11.2f}  {together:10.2f}  {ratio:6.2f}", flush=True)
 
 

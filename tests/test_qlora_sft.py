@@ -93,7 +93,9 @@ def stock_base(job: Job):
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=True,
     )
-    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, quantization_config=quantisation)
+    base = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=torch.float32, quantization_config=quantisation, device_map={"": model.device()}
+    )
     for layer in base.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
@@ -137,7 +139,7 @@ def train_with_trl(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=model.device().type == "cpu",
     )
     trainer = SFTTrainer(
         adapted,
@@ -200,7 +202,7 @@ def test_a_saved_adapter_scores_the_same_with_plain_peft(tiny, tmp_path):
     total, labels = 0.0, 0
     rows = data.load(Path(tiny.tokens)).validation
     for i in range(len(rows)):
-        ids, known = (torch.from_numpy(array.copy()) for array in rows[i])
+        ids, known = (torch.from_numpy(array.copy()).to(model.device()) for array in rows[i])
         with torch.no_grad():
             logits = reloaded(input_ids=ids[None].long()).logits[0, :-1]
         total += F.cross_entropy(logits[known[1:]], ids[1:][known[1:]].long(), reduction="sum").item()
@@ -294,7 +296,7 @@ def test_evaluation_batches_waste_little():
 def test_slices_change_nothing(tiny, monkeypatch):
     job = replace(tiny, score_base=True)
     whole = run(CONFIG, job, seconds=1000.0)
-    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 100})
+    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 100, "cuda": 100})
     cut = run(CONFIG, job, seconds=0.0)
     assert losses(whole[0]) == losses(cut[0])
     assert losses(whole[1]) == pytest.approx(losses(cut[1]), abs=1e-6)
@@ -303,7 +305,7 @@ def test_slices_change_nothing(tiny, monkeypatch):
 
 
 def test_a_slice_is_a_step_or_a_part_of_an_evaluation(tiny, monkeypatch):
-    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 150})
+    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 150, "cuda": 150})
     trial = qlora_sft.start(CONFIG, replace(tiny, budget=steps(2)), None)
     assert trial.total_steps == 2
     slices = [trial.advance(0.0)]
@@ -412,7 +414,7 @@ def test_a_trial_neither_sees_nor_moves_the_random_state_of_its_process(tiny):
 
 
 def test_a_checkpoint_in_the_middle_of_an_evaluation_repeats_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 150})
+    monkeypatch.setattr(qlora_sft, "EVALUATION_TOKENS", {"cpu": 150, "cuda": 150})
     never_stopped = curve(CONFIG, tiny)
     trial = qlora_sft.start(CONFIG, tiny, None)
     while not (trial.step == 4 and not trial.advance(0.0).steps):

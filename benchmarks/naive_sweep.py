@@ -19,17 +19,17 @@ from ray.tune.search.optuna import OptunaSearch
 
 
 def train(config: dict[str, Any]) -> None:
-    """One trial; what all trials have in common is in the job's file."""
+    """One trial; what all trials have in common is in a file."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    job = json.loads(Path(os.environ["NAIVE_JOB"]).read_text())
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["compute_dtype"]]
+    work = json.loads(Path(os.environ["NAIVE_WORK"]).read_text())
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work["compute_dtype"]]
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"],
+        work["model"],
         dtype=dtype,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
@@ -38,10 +38,10 @@ def train(config: dict[str, Any]) -> None:
             bnb_4bit_use_double_quant=True,
         ),
     )
-    rows = load_dataset("json", data_files={"train": job["train"], "validation": job["validation"]})
+    rows = load_dataset("json", data_files={"train": work["train"], "validation": work["validation"]})
 
     class Report(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
+        def on_evaluate(self, args, state, control, metrics, **rest):  # type: ignore[no-untyped-def]
             tune.report({"eval_loss": metrics["eval_loss"], "step": state.global_step})
 
     cpu = not torch.cuda.is_available()
@@ -49,17 +49,17 @@ def train(config: dict[str, Any]) -> None:
         model,
         SFTConfig(
             output_dir="trainer",
-            max_steps=job["steps"],
-            per_device_train_batch_size=job["batch_size"],
+            max_steps=work["steps"],
+            per_device_train_batch_size=work["batch_size"],
             per_device_eval_batch_size=8,
             learning_rate=config["learning_rate"],
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
             max_length=128,
-            bf16=job["compute_dtype"] == "bf16",
+            bf16=work["compute_dtype"] == "bf16",
             activation_checkpointing=False,
             eval_strategy="steps",
-            eval_steps=job["steps"] // job["evaluations"],
+            eval_steps=work["steps"] // work["evaluations"],
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -83,28 +83,28 @@ def train(config: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", type=Path, help="JSON file that benchmarks.whole_sweep wrote")
+    parser.add_argument("work", type=Path, help="JSON file that benchmarks.whole_sweep wrote")
     asked = parser.parse_args()
-    job = json.loads(asked.job.read_text())
+    work = json.loads(asked.work.read_text())
     os.environ["WANDB_MODE"] = "offline"
-    os.environ["NAIVE_JOB"] = str(asked.job.absolute())
+    os.environ["NAIVE_WORK"] = str(asked.work.absolute())
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     space = {
         "r": optuna.distributions.CategoricalDistribution([8, 16]),
         "learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True),
     }
     found = tune.Tuner(
-        tune.with_resources(train, {"cpu": job["cpus"], "gpu": job["gpus"]}),
+        tune.with_resources(train, {"cpu": work["cpus"], "gpu": work["gpus"]}),
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearch(space, metric="eval_loss", mode="min", points_to_evaluate=job["configs"]),
+            search_alg=OptunaSearch(space, metric="eval_loss", mode="min", points_to_evaluate=work["configs"]),
             scheduler=ASHAScheduler(
-                metric="eval_loss", mode="min", max_t=job["evaluations"], grace_period=job["evaluations"]
+                metric="eval_loss", mode="min", max_t=work["evaluations"], grace_period=work["evaluations"]
             ),
-            num_samples=len(job["configs"]),
+            num_samples=len(work["configs"]),
         ),
         run_config=tune.RunConfig(
             name="naive",
-            storage_path=str(asked.job.parent / "naive"),
+            storage_path=str(asked.work.parent / "naive"),
             callbacks=[WandbLoggerCallback(project="naive", log_config=True)],
         ),
     ).fit()

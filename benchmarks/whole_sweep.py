@@ -2,10 +2,10 @@
 
     python -m benchmarks.whole_sweep --sides naive serial packed
 
-The same configurations, rows and trained steps on the price data with SmolLM2-135M in nf4; nothing is stopped early.
-`naive` is `benchmarks.naive_sweep`; `serial` is `python -m sweep run` with a process for each trial, two side by side
-on two cores; `packed` is the same with all trials in one process. Each side is a command of its own, from its start to
-its end, and the last validation loss of every trial is shown beside it.
+The same configurations, rows and trained steps on the price data with a base in nf4; nothing is stopped early. `naive`
+is `benchmarks.naive_sweep`; `serial` is `python -m sweep run` with a process for each trial, as many side by side as
+there are cores (or, with --gpus, GPUs); `packed` is the same with all trials in one process. Each side is a command of
+its own, from its start to its end, and the last validation loss of every trial is shown beside it.
 """
 
 import argparse
@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.gpu import SHAPES, make_llama
 from sweep.study import open_journal
 
 ROOT = Path(__file__).parents[1]
@@ -39,32 +41,53 @@ def write_rows(directory: Path, train: int, validation: int) -> None:
     (directory / "validation.jsonl").write_text("".join(lines[train : train + validation]))
 
 
-def naive(directory: Path, job: dict[str, object]) -> list[float]:
-    file = directory / "job.json"
-    file.write_text(json.dumps(job))
+@dataclass(frozen=True)
+class Work:
+    """What all sides do."""
+
+    model: str
+    train: str
+    validation: str
+    configs: list[dict[str, float]]
+    steps: int
+    evaluations: int
+    batch_size: int
+    compute_dtype: str
+    cpus: float
+    """Of a trial."""
+    gpus: float
+    """Of a trial, or of all that are packed."""
+
+
+def naive(directory: Path, work: Work) -> list[float]:
+    file = directory / "work.json"
+    file.write_text(json.dumps(asdict(work)))
     done = run(["-m", "benchmarks.naive_sweep", str(file)], directory)
     losses: list[float] = json.loads(done.splitlines()[-1])["losses"]
     return losses
 
 
-def ours(directory: Path, job: dict[str, object], slots: int) -> list[float]:
-    configs = [config | {"alpha": 2 * config["r"]} for config in job["configs"]]  # type: ignore[attr-defined]
+def ours(directory: Path, work: Work, slots: int) -> list[float]:
     spec = {
         "name": "ours",
-        "model": job["model"],
-        "data": {"train": job["train"], "validation": job["validation"], "max_length": 128},
-        "budget": {"steps": job["steps"], "evaluations": job["evaluations"]},
-        "search": {"trials": len(configs), "sampler": "random", "first": configs},
+        "model": work.model,
+        "data": {"train": work.train, "validation": work.validation, "max_length": 128},
+        "budget": {"steps": work.steps, "evaluations": work.evaluations},
+        "search": {
+            "trials": len(work.configs),
+            "sampler": "random",
+            "first": [config | {"alpha": 2 * config["r"]} for config in work.configs],
+        },
         "early_stopping": False,
         "space": {
             "r": {"values": [8, 16]},
             "alpha": {"times": "r", "values": [2]},
             "learning_rate": {"min": 1e-5, "max": 1e-2, "log": True},
-            "compute_dtype": job["compute_dtype"],
-            "batch_size": job["batch_size"],
+            "compute_dtype": work.compute_dtype,
+            "batch_size": work.batch_size,
         },
         "tracking": {"mode": "offline"},
-        "resources": {"cpus": 2 if slots > 1 else job["cpus"], "gpus": job["gpus"]},
+        "resources": {"cpus": 2 if slots > 1 else work.cpus, "gpus": work.gpus},
         "packing": {"slots": slots},
         "storage": str(directory / f"ours-{slots}"),
     }
@@ -86,6 +109,7 @@ def run(command: list[str], directory: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", default=["naive", "serial", "packed"])
+    parser.add_argument("--llama", choices=list(SHAPES), help="random weights, made on the GPU, not SmolLM2-135M")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--evaluations", type=int, default=3)
@@ -98,28 +122,30 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
     print(
         f"{asked.trials} trials of {asked.steps} steps of {asked.batch_size} rows, {asked.evaluations} evaluations of"
-        f" {asked.validation_rows} rows, nf4, {asked.compute_dtype}"
+        f" {asked.validation_rows} rows, nf4, {asked.compute_dtype}, {asked.llama or MODEL.name}"
     )
     seconds: dict[str, list[float]] = {side: [] for side in asked.sides}
-    for number in range(asked.runs):
-        for side in asked.sides:
-            with tempfile.TemporaryDirectory() as temporary:
-                directory = Path(temporary)
-                write_rows(directory, asked.steps * asked.batch_size, asked.validation_rows)
-                job = {
-                    "model": str(MODEL),
-                    "train": str(directory / "train.jsonl"),
-                    "validation": str(directory / "validation.jsonl"),
-                    "configs": configurations(asked.trials),
-                    "steps": asked.steps,
-                    "evaluations": asked.evaluations,
-                    "batch_size": asked.batch_size,
-                    "compute_dtype": asked.compute_dtype,
-                    "cpus": 1,
-                    "gpus": asked.gpus,
-                }
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        work = Work(
+            make_llama(asked.llama, place).model if asked.llama else str(MODEL),
+            str(place / "train.jsonl"),
+            str(place / "validation.jsonl"),
+            configurations(asked.trials),
+            asked.steps,
+            asked.evaluations,
+            asked.batch_size,
+            asked.compute_dtype,
+            cpus=1,
+            gpus=asked.gpus,
+        )
+        write_rows(place, asked.steps * asked.batch_size, asked.validation_rows)
+        for number in range(asked.runs):
+            for side in asked.sides:
+                directory = place / f"{side}-{number}"
+                directory.mkdir()
                 began = time.monotonic()
-                losses = naive(directory, job) if side == "naive" else ours(directory, job, _slots(side, asked.trials))
+                losses = naive(directory, work) if side == "naive" else ours(directory, work, _slots(side, work))
                 seconds[side].append(time.monotonic() - began)
                 shown = " ".join(f"{loss:.4f}" for loss in losses)
                 print(f"run {number + 1}  {side:6}  {seconds[side][-1]:7.1f} s  last losses {shown}", flush=True)
@@ -128,8 +154,8 @@ def main() -> None:
         print(f"{asked.sides[0]} / {side}: {ratio:.2f}")
 
 
-def _slots(side: str, trials: int) -> int:
-    return trials if side == "packed" else 1
+def _slots(side: str, work: Work) -> int:
+    return len(work.configs) if side == "packed" else 1
 
 
 if __name__ == "__main__":

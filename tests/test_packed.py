@@ -269,7 +269,8 @@ def test_dropout_is_a_fair_coin_for_every_row_layer_and_place():
     rates = torch.tensor([0.0, 0.05, 0.5, 0.9] * 16, dtype=torch.float64)
     dropout = layers.Dropout.of(seeds, rates, 3, 100)
     inputs = layers.input_hashes(576, torch.device("cpu"))
-    kept = torch.stack([dropout.kept(layer, inputs, torch.float32) for layer in range(3)])
+    ones = torch.ones(64, 100, 576)
+    kept = torch.stack([dropout.mask(layer, inputs, torch.float32)(ones) for layer in range(3)])
     assert kept.shape == (3, 64, 100, 576)
     assert kept[:, 0::4].all()
     for i, rate in ((1, 0.05), (2, 0.5), (3, 0.9)):
@@ -283,7 +284,22 @@ def test_dropout_is_a_fair_coin_for_every_row_layer_and_place():
             correlation = ((one - 1 + rate) * (other - 1 + rate)).mean() / spread**2
             assert abs(correlation) < 5 / math.sqrt(one.numel())
     again = layers.Dropout.of(seeds[5:6], rates[5:6], 3, 40)  # in another micro-batch
-    assert torch.equal(again.kept(2, inputs, torch.float32)[0], kept[2, 5, :40])
+    assert torch.equal(again.mask(2, inputs, torch.float32)(ones[:1, :40])[0], kept[2, 5, :40])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_a_gpu_is_that_on_a_cpu(dtype):
+    seeds = torch.from_numpy(np.random.SeedSequence(5).generate_state(8).astype(np.int64))
+    rates = torch.tensor([0.0, 0.05, 0.5, 1.0] * 2, dtype=torch.float64)
+    x = torch.randn(8, 33, 576).to(dtype)
+    dropped = []
+    for device in ("cpu", "cuda"):
+        dropout = layers.Dropout.of(seeds.to(device), rates.to(device), 3, 33)
+        inputs = layers.input_hashes(576, torch.device(device))
+        dropped.append(dropout.mask(2, inputs, dtype)(x.to(device)).cpu())
+    assert torch.equal(*dropped)
 
 
 def test_two_bases_side_by_side(pack, tiny):
@@ -361,7 +377,8 @@ def test_a_layer_by_hand(dtype, rate):
     y = layer(x)
     (y.float() * weights).sum().backward()
 
-    kept = dropout.kept(0, layer.inputs, torch.float32) if dropout else torch.ones(6, 5, 64)
+    ones = torch.ones(6, 5, 64)
+    kept = dropout.mask(0, layer.inputs, torch.float32)(ones) if dropout else ones
     x2, a2, b2 = (each.detach().float().requires_grad_() for each in (x, a, b))
     base = torch.nn.functional.linear(x2, layer.weight(), linear.bias.float())
     dropped = (x2[1:] * kept).reshape(2, 15, 64)

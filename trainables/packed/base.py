@@ -16,8 +16,8 @@ from trainables.packed.layers import Dropout, Part, Plan, pack
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids, and which of them are supervised."""
-LOGITS_AT_ONCE = 2**26
-"""Logits that are held in fp32 at the same time (256 MiB) while the loss is taken."""
+LOGITS_AT_ONCE = 2**24
+"""Logits that are held in fp32 at the same time (64 MiB) while the loss is taken."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ and multiplied once; then adapters of one shape add their own low-rank terms (Lo
 product. Nothing of one trial is ever multiplied with anything of another, so what is not finite stays with its trial.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
+from torch.cuda import jiterator
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -54,14 +56,56 @@ class Dropout:
         highest = ((1 - rates) * 2**32).round().long() - 2**31 - 1
         return cls(keys.int(), highest.clamp(-(2**31), 2**31 - 1).int()[:, None, None])
 
-    def kept(self, layer: int, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """(rows, width, in): 0 for what is dropped, else 1; `inputs` are hashes, (in,) int32, of places in an input.
+    def mask(self, layer: int, inputs: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Sets to 0 what is dropped of a (rows, width, in) of this `dtype`; `inputs` are hashes of places in an input.
 
         Cheaper to make again in the backward pass than to keep until then.
         """
-        hashes = self.keys[layer, :, :, None] ^ inputs
-        hashes.mul_(0x2C1B3C6D).bitwise_xor_(hashes >> 15).mul_(0x297A2D39)
-        return torch.le(hashes, self.highest, out=torch.empty_like(hashes, dtype=dtype))  # a bool is slow on a CPU
+        keys = self.keys[layer, :, :, None]
+        if keys.is_cuda:
+            return partial(_drop_on_gpu, keys, inputs, self.highest)
+        hashes = keys ^ inputs
+        hashes.mul_(MIX[0]).bitwise_xor_(hashes >> MIX[1]).mul_(MIX[2])
+        kept = torch.le(hashes, self.highest, out=torch.empty_like(hashes, dtype=dtype))  # a bool is slow on a CPU
+        return kept.mul
+
+
+MIX = 0x2C1B3C6D, 15, 0x297A2D39
+"""Mixes the bits of an exclusive or of hashes: times, shift, times."""
+# On a GPU seven small operations would take half of a step. Torch compiles these with what CUDA brings along.
+_IS_KEPT = f"""
+template <typename T> bool is_kept(T key, T input, T highest) {{
+    unsigned hash = (unsigned) (key ^ input) * {MIX[0]}u;
+    hash ^= (unsigned) ((int) hash >> {MIX[1]});
+    return (int) (hash * {MIX[2]}u) <= highest;
+}}
+"""
+_drop = jiterator._create_jit_fn(
+    _IS_KEPT
+    + """
+template <typename T> T drop(T x, T key, T input, T highest) {
+    return is_kept(key, input, highest) ? x : 0;
+}
+"""
+)
+_drop_of_two = jiterator._create_jit_fn(
+    _IS_KEPT
+    + """
+template <typename T> T drop_of_two(T x, T key, T low, T high, T highest) {
+    return x & ((is_kept(key, low, highest) ? 0x0000FFFFu : 0u) | (is_kept(key, high, highest) ? 0xFFFF0000u : 0u));
+}
+"""
+)
+
+
+def _drop_on_gpu(keys: Tensor, inputs: Tensor, highest: Tensor, x: Tensor) -> Tensor:
+    """`x` in fp32 or bf16 is read and written as integers; two numbers of 16 bits are one."""
+    bits = x.contiguous().view(torch.int32)
+    if x.itemsize == 4:
+        dropped: Tensor = _drop(bits, keys, inputs, highest)
+    else:
+        dropped = _drop_of_two(bits, keys, inputs[::2], inputs[1::2], highest)
+    return dropped.view(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,7 +189,7 @@ class _Apply(torch.autograd.Function):
         lows: list[Tensor] = []
         for part in parts:
             pair = part.stacked[layer.number]
-            x_part, _ = _dropped(wide, part, layer)
+            x_part = _mask(part, layer)(wide[part.rows])
             low = (_by_adapter(x_part, part) @ pair.a[part.adapters].mT * part.scales).to(layer.dtype)
             _add_product(_by_adapter(y[part.rows], part), low, pair.b[part.adapters].mT)
             lows.append(low)
@@ -163,24 +207,24 @@ class _Apply(torch.autograd.Function):
         for part, low in zip(ctx.parts, lows, strict=True):
             pair = part.stacked[layer.number]
             y_gradient = _by_adapter(gradient[part.rows], part)
-            x_part, kept = _dropped(wide, part, layer)
+            mask = _mask(part, layer)
             _add_product(pair.b_gradient[part.adapters], y_gradient.mT, low)
             low_gradient = (y_gradient @ pair.b[part.adapters] * part.scales).to(layer.dtype)
-            _add_product(pair.a_gradient[part.adapters], low_gradient.mT, _by_adapter(x_part, part))
+            _add_product(pair.a_gradient[part.adapters], low_gradient.mT, _by_adapter(mask(wide[part.rows]), part))
             if x_gradient is not None:
-                if kept is None:
-                    _add_product(_by_adapter(x_gradient[part.rows], part), low_gradient, pair.a[part.adapters])
+                to = x_gradient[part.rows]
+                if part.dropout is None:
+                    _add_product(_by_adapter(to, part), low_gradient, pair.a[part.adapters])
                 else:
-                    x_gradient[part.rows] += (low_gradient @ pair.a[part.adapters]).view(kept.shape).mul_(kept)
+                    to += mask((low_gradient @ pair.a[part.adapters]).view(to.shape))
         return x_gradient, None, None, None
 
 
-def _dropped(x: Tensor, part: Part, layer: PackedLinear) -> tuple[Tensor, Tensor | None]:
-    """The rows of a part, 0 where dropout says so; and where it does, if there is any."""
+def _mask(part: Part, layer: PackedLinear) -> Callable[[Tensor], Tensor]:
+    """Sets to 0 what is dropped of the rows of a part."""
     if part.dropout is None:
-        return x[part.rows], None
-    kept = part.dropout.kept(layer.number, layer.inputs, layer.dtype)
-    return x[part.rows] * kept, kept
+        return lambda x: x
+    return part.dropout.mask(layer.number, layer.inputs, layer.dtype)
 
 
 def _by_adapter(x: Tensor, part: Part) -> Tensor:
@@ -197,7 +241,7 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def input_hashes(inputs: int, device: torch.device) -> Tensor:
-    """(in,), int32: for `Dropout.kept`."""
+    """(in,), int32: for `Dropout.mask`."""
     return _mixed(torch.arange(inputs, device=device) + 2**31).int()
 
 

@@ -99,7 +99,8 @@ def ours(directory: Path, work: Work, slots: int) -> list[float]:
 
 
 def run(command: list[str], directory: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")

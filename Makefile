@@ -17,7 +17,8 @@ lint: setup
 	$(BIN)/mypy
 
 bench-gpu: setup
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu --model 1B
+	$(BIN)/python -m benchmarks.gpu --model 8B
 
 setup: .venv/installed models/smollm2-135m
 

@@ -4,9 +4,10 @@
 
 A real sweep (tiny random Llama, bitsandbytes, PEFT, Ray, Optuna, W&B offline) of 12 trials, joined to a Ray cluster
 with a node for the trials. At random moments SIGKILL hits the driver, the process of a trial, or all of the node; the
-driver and the node are started again each time, as a scheduler would. Every number that is printed is read from the
-files that are left: the ledger, the rows that each attempt of a trial logged, W&B's own files. Kills end with the
-sweep: with fewer than were asked for, the sweep was too short.
+driver and the node are started again each time, as a scheduler would. Between two validation losses the process of a
+trial is killed once: a second time would be taken for memory that ran out, and change how the trial is computed (tests
+have that). Every number that is printed is read from the files that are left: the ledger, the rows that each attempt of
+a trial logged, W&B's own files. Kills end with the sweep: with fewer than were asked for, the sweep was too short.
 """
 
 import argparse

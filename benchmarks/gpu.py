@@ -1,6 +1,6 @@
 """What packing is worth on a GPU, and what it takes.
 
-    make bench-gpu
+    make bench-gpu                                   # 1B, then 8B
 
 Llama models of 1B and 8B with random weights, made on the spot: no network and no Ray is needed. Steps are timed in
 turn in one process, one trial after the other and all together; shown are medians of 5 runs and the median of the
@@ -67,21 +67,22 @@ def used() -> float:
 
 
 def close(trials: list[QLoRATrial]) -> None:
-    for trial in trials:
-        trial.close()
+    """And forget them, so that their memory is free."""
+    while trials:
+        trials.pop().close()
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def steps(name: str, job: Job, slots: int, rows: int, tokens: int, peak: float, settings: dict[str, object]) -> None:
+def steps(name: str, job: Job, slots: int, rows: int, tokens: int, dropout: float, peak: float) -> None:
     """A line of the table of steps."""
-    trials = trials_of(job, slots, tokens, settings | {"r": 16, "batch_size": rows})
+    trials = trials_of(job, slots, tokens, {"r": 16, "batch_size": rows, "dropout": dropout})
     alone, together, ratio = measure(trials, 5)
     parameters = sum(inputs * outputs for _, inputs, outputs in trials[0].base.layers.values())
     share = 4 * parameters * slots * rows * tokens / together / peak
     close(trials)
     print(
-        f"{name:5} {slots:3} {rows * tokens:14,} {settings.get('dropout', 0.05):8} {alone:11.3f} {together:10.3f}"
+        f"{name:5} {slots:3} {rows * tokens:14,} {dropout:8} {alone:11.3f} {together:10.3f}"
         f" {ratio:6.2f} {slots * rows * tokens / together:10,.0f} {share:6.2f}",
         flush=True,
     )
@@ -94,9 +95,9 @@ def memory(name: str, job: Job, slots: int, tokens: int) -> None:
         trials = trials_of(job, count, tokens, {"r": 16, "batch_size": 1})
         for _ in range(3):
             turn(trials)
-        close_later = used()
+        found = used()
         close(trials)
-        return close_later
+        return found
 
     one, many = taken(1), taken(slots)
     print(
@@ -146,7 +147,7 @@ def differences(job: Job) -> None:
     packed = curves([configs])
     print(
         f"losses of 2 trials of 50 steps in bf16, 1B: from {first[0][0]:.4f} to {first[0][-1]:.4f}; two runs alone"
-        f" differ by {apart(first, second):.4f} at most, packed and alone by {apart(packed, first):.4f}"
+        f" differ by {apart(first, second):.1e} at most, packed and alone by {apart(packed, first):.4f}"
     )
 
 
@@ -204,44 +205,43 @@ def profile(job: Job, slots: int, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--model", choices=list(SHAPES), default="1B")
     parser.add_argument("--profile", action="store_true", help="print what takes the time, too")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device; benchmarks.packed_step measures on a CPU, too")
+    name = asked.model
     print(header())
     peak = matmul_peak()
     print(f"bf16 product: {peak / 1e12:.0f} TFLOP/s")
-    for name in asked.models:
-        with tempfile.TemporaryDirectory() as directory:
-            began = time.perf_counter()
-            job = make_llama(name, Path(directory))
-            gc.collect()
-            torch.cuda.empty_cache()
-            made = time.perf_counter()
-            base = model.base(job.model, "nf4", "bf16", True)
-            print(
-                f"{name}: made in {made - began:.1f} s, loaded and quantised in {now() - made:.1f} s, "
-                f"{torch.cuda.memory_allocated() / GIB:.2f} GiB, at most {torch.cuda.max_memory_allocated() / GIB:.2f}"
-            )
-            del base
-            slots = {"1B": 16, "8B": 8}[name]
-            print("model   K  tokens a step  dropout  K steps, s  packed, s  ratio   tokens/s  share", flush=True)
-            for dropout in (0.05, 0.0):
-                steps(name, job, slots, 1, 256, peak, {"dropout": dropout})
-            saturated = {"1B": 32, "8B": 16}[name]
-            for dropout in (0.05, 0.0):
-                steps(name, job, {"1B": 2, "8B": 1}[name], saturated, 256, peak, {"dropout": dropout})
-            memory(name, job, 8, 256)
-            replacement(name, job)
-            if name == "1B":
-                differences(job)
-                scarce(job)
-            if asked.profile:
-                profile(job, slots, 1)
-                profile(job, 1, saturated)
-            gc.collect()
-            torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.perf_counter()
+        job = make_llama(name, Path(directory))
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        made = time.perf_counter()
+        model.base(job.model, "nf4", "bf16", True)
+        took, held, most = now() - made, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        print(
+            f"{name}: made in {made - began:.1f} s, loaded and quantised in {took:.1f} s, {held / GIB:.2f} GiB,"
+            f" while loading {most / GIB:.2f}"
+        )
+        print("model   K  tokens a step  dropout  K steps, s  packed, s  ratio   tokens/s  share", flush=True)
+        small = {"1B": 16, "8B": 8}[name]
+        large = {"1B": 32, "8B": 8}[name]
+        for dropout in (0.05, 0.0):
+            steps(name, job, small, 1, 256, dropout, peak)
+        for dropout in (0.05, 0.0):
+            steps(name, job, 2, large, 256, dropout, peak)
+        memory(name, job, 8, 256)
+        replacement(name, job)
+        if name == "1B":
+            differences(job)
+            scarce(job)
+        if asked.profile:
+            profile(job, small, 1)
+            profile(job, 1, large)
 
 
 if __name__ == "__main__":

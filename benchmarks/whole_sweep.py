@@ -15,18 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu import SHAPES, make_llama
 from sweep.study import open_journal
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/smollm2-135m"
 ROWS = ROOT / "search_spaces/data/pricer-train.jsonl"
+SIDES = ["naive", "serial", "packed"]
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "wandb", "optuna")
 
 
@@ -57,6 +59,18 @@ class Work:
     """Of a trial."""
     gpus: float
     """Of a trial, or of all that are packed."""
+
+
+def llama(name: str, place: Path) -> str:
+    """Directory of the model; the process that makes it ends, and gives the GPU's memory back."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_llama, name, place).result()
+
+
+def _llama(name: str, place: Path) -> str:
+    from benchmarks.gpu import make_llama
+
+    return make_llama(name, place).model
 
 
 def naive(directory: Path, work: Work) -> list[float]:
@@ -109,17 +123,19 @@ def run(command: list[str], directory: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", nargs="+", default=["naive", "serial", "packed"])
-    parser.add_argument("--llama", choices=list(SHAPES), help="random weights, made on the GPU, not SmolLM2-135M")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--llama", choices=["1B", "8B"], help="random weights, made on the GPU, not SmolLM2-135M")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--evaluations", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--validation-rows", type=int, default=48)
-    parser.add_argument("--compute-dtype", default="bf16")
+    parser.add_argument("--compute-dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--runs", type=int, default=1)
     asked = parser.parse_args()
+    if asked.llama and not asked.gpus:
+        parser.error(f"--llama {asked.llama} is made and trained on a GPU; give --gpus 1")
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, " + ", ".join(f"{p} {version(p)}" for p in PACKAGES))
     print(
         f"{asked.trials} trials of {asked.steps} steps of {asked.batch_size} rows, {asked.evaluations} evaluations of"
@@ -129,7 +145,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         work = Work(
-            make_llama(asked.llama, place).model if asked.llama else str(MODEL),
+            llama(asked.llama, place) if asked.llama else str(MODEL),
             str(place / "train.jsonl"),
             str(place / "validation.jsonl"),
             configurations(asked.trials),

@@ -155,22 +155,20 @@ class QLoRATrial:
         starts = range(0, len(rows), self.micro_batch)
         return [Work(self.adapter, rows[i : i + self.micro_batch], seeds[i : i + self.micro_batch]) for i in starts]
 
-    def learn(self, loss: float, norm: float, tokens: int, began: float, share: float) -> None:
-        """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights.
-
-        The step `began` at this `time.perf_counter()`; of its time `share` is this trial's.
-        """
+    def learn(self, loss: float, norm: float) -> None:
+        """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights."""
         for name, value in (("training loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 self.failure = f"{name} is {value} in step {self.step + 1}"
                 self.adapter.gradient.zero_()
                 return
-        learning_rate = self.learning_rate(self.step)
-        self.adapter.update(norm, learning_rate)
+        self.adapter.update(norm, self.learning_rate(self.step))
         self.base.refresh(self.adapter)
         self.step += 1
-        seconds = share * (time.perf_counter() - began)
-        self.new_steps.append(Step(self.step, loss, learning_rate, norm, tokens, seconds))
+
+    def note_learned(self, loss: float, norm: float, tokens: int, seconds: float) -> None:
+        """Note the step that was taken last."""
+        self.new_steps.append(Step(self.step, loss, self.learning_rate(self.step - 1), norm, tokens, seconds))
 
     def note_scored(self, loss: float, seconds: float) -> None:
         """Note the sum of losses of one more micro-batch, and the evaluation when it was the last."""
@@ -273,10 +271,15 @@ def _train(trials: Sequence[QLoRATrial]) -> None:
             losses[i] += mean.detach()
     # In fp64: a sum of millions of squares loses the fourth digit in fp32.
     norms = [torch.linalg.vector_norm(trial.adapter.gradient, dtype=torch.float64).float() for trial in trials]
-    values = torch.stack([*losses, *norms]).tolist()  # the only wait for the device
+    values = torch.stack([*losses, *norms]).tolist()  # one wait for the device
     tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
-    for i, trial in enumerate(trials):
-        trial.learn(values[i], values[len(trials) + i], tokens[i], began, tokens[i] / sum(tokens))
+    numbers = list(zip(values[: len(trials)], values[len(trials) :], strict=True))
+    for trial, (loss, norm) in zip(trials, numbers, strict=True):
+        trial.learn(loss, norm)
+    seconds = time.perf_counter() - began
+    for trial, (loss, norm), count in zip(trials, numbers, tokens, strict=True):
+        if trial.failure is None:
+            trial.note_learned(loss, norm, count, seconds * count / sum(tokens))
 
 
 def _score(trials: Sequence[QLoRATrial]) -> None:

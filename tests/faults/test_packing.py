@@ -114,7 +114,7 @@ def test_the_end_of_an_engine_counts_once(space):
     try:
         trials = space.parent / "sweeps/tiny/trials"
 
-        def attempts() -> set[str]:  # of trials that have begun to train
+        def attempts() -> set[str]:  # marks of trials that have trained
             return {(rows.parent / "attempt.txt").read_text() for rows in trials.glob("*/rows.jsonl")}
 
         sweeps.wait_until(lambda: len(attempts()) == 6, process)

@@ -1,6 +1,7 @@
 """Trials that share a base: each computes what it computes alone, and what PEFT and TRL compute."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -184,6 +185,17 @@ def test_a_trial_that_waits_is_not_touched(pack):
     turn([going])
     assert torch.equal(waiting.adapter.weights, before)
     assert not waiting.adapter.gradient.any()
+
+
+def test_trials_share_the_seconds_of_a_step_by_their_tokens(pack):
+    made = pack([config(seed=1, batch_size=40), config(seed=2, batch_size=40), config(seed=3, batch_size=8)])
+    began = time.perf_counter()
+    made.train(1)
+    took = time.perf_counter() - began
+    one, other, small = (done[0] for done in made.steps)
+    assert one.seconds == other.seconds > small.seconds > 0
+    assert small.seconds / one.seconds == pytest.approx(small.tokens / one.tokens)
+    assert one.seconds + other.seconds + small.seconds <= took
 
 
 def test_a_trial_is_replaced_while_others_go_on(pack):

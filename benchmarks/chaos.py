@@ -49,8 +49,8 @@ space:
 tracking: {{mode: offline}}
 storage: sweeps
 """
-LONGEST_WAIT = 30.0
-"""Seconds between two kills, at most; half of that is the start of driver, Ray's worker and libraries."""
+WAIT, WAIT_PER_TRIAL = 15.0, 15.0
+"""Seconds between two kills, at most, and for each trial at a time: half is the start of driver, Ray and libraries."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def disturbed(
 
         driver = start()
         while True:
-            wait = chance.uniform(0, LONGEST_WAIT) if len(kills) < wanted else None
+            wait = chance.uniform(0, WAIT + WAIT_PER_TRIAL * cpus) if len(kills) < wanted else None
             try:
                 code = driver.wait(wait)
             except psutil.TimeoutExpired:

@@ -3,7 +3,8 @@
     python -m benchmarks.packed_step                # SmolLM2-135M, K 8, r 16, rows of 64 tokens, nf4
 
 Per batch size and compute data type: a step of each of K trials, one after the other, and a packed step of all of them.
-Both are run in turn in one process; shown are medians, and the median of the ratios.
+Both are run in turn in one process; shown are medians, and the median of the ratios; then tokens a second of the packed
+steps, and of a validation of the same trials together.
 """
 
 import argparse
@@ -22,9 +23,11 @@ import torch
 from trainables import data
 from trainables.config import QLoRAConfig
 from trainables.protocol import Budget, Job
-from trainables.qlora_sft import QLoRATrial, turn
+from trainables.qlora_sft import EVALUATION_TOKENS, QLoRATrial, rows_of_evaluation, turn
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
+SCORED = 16
+"""Validation rows."""
 PAIRS = [{"prompt": f"What does {n} times {n} cost?", "completion": f" ${n * n}"} for n in range(40)]
 
 
@@ -76,6 +79,17 @@ def measure(trials: list[QLoRATrial], runs: int) -> tuple[float, float, float]:
     return statistics.median(alone[1:]), statistics.median(together[1:]), statistics.median(ratios)
 
 
+def scoring_seconds(trials: list[QLoRATrial], rows: data.Rows) -> float:
+    """Of a validation of all trials on these rows."""
+    began = now()
+    for trial in trials:
+        trial.validation, trial.due = rows, {1: trial.step}
+        trial.evaluation_batches = rows_of_evaluation(np.diff(rows.offsets), EVALUATION_TOKENS[trial.device.type])
+    while any(trial.new_evaluation is None for trial in trials):
+        turn(trials)
+    return now() - began
+
+
 def header() -> str:
     """Date, machine and versions."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
@@ -97,15 +111,19 @@ def main() -> None:
     print(f"K {asked.slots}, r {asked.r}, rows of {asked.tokens} tokens, {asked.runs} runs")
     with tempfile.TemporaryDirectory() as directory:
         job = job_on(asked.model, Path(directory))
-        print("dtype  batch   K steps, s   packed, s   ratio")
+        print("dtype  batch   K steps, s   packed, s   ratio   training tokens/s   validation tokens/s")
         for dtype in asked.dtypes:
             for batch in asked.batches:
                 settings = {"r": asked.r, "batch_size": batch, "compute_dtype": dtype}
                 trials = trials_of(job, asked.slots, asked.tokens, settings)
                 alone, together, ratio = measure(trials, asked.runs)
+                training = asked.slots * batch * asked.tokens / together
+                rows = rows_of(asked.tokens, SCORED, trials[0].base.model.config.vocab_size)
+                scoring = asked.slots * SCORED * asked.tokens / scoring_seconds(trials, rows)
                 for trial in trials:
                     trial.close()
-                print(f"{dtype:5}  {batch:5}  {alone:11.2f}  {together:10.2f}  {ratio:6.2f}", flush=True)
+                rates = f"{training:18,.0f}  {scoring:20,.0f}"
+                print(f"{dtype:5}  {batch:5}  {alone:11.2f}  {together:10.2f}  {ratio:6.2f}  {rates}", flush=True)
 
 
 if __name__ == "__main__":

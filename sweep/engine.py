@@ -5,7 +5,10 @@ A trial keeps its own process (Ray's view of it, checkpoints, W&B), which needs 
 
 import importlib
 import secrets
+import socket
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
 """How long an engine may take to come back."""
+REACH_SECONDS = 1.0
+"""How soon a machine answers that lives."""
 
 
 class EngineLost(Exception):
@@ -35,6 +40,55 @@ class EngineProcess:
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._engine, method)(*arguments)
+
+    def node(self) -> str:
+        """Of the cluster, on which it runs."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+
+class Engines:
+    """The engines of a sweep, and which of them has which trial."""
+
+    def __init__(self, engines: Iterable[Any], draining: Callable[[], set[str]]) -> None:
+        """`draining` gives the nodes that are being taken away."""
+        self._engines = list(engines)
+        self._draining = draining
+        self._nodes: dict[int, str] = {}  # where each was last seen
+        self._places: dict[int, int] = {}  # of trials
+
+    def choose(self, number: int, running: Sequence[int]) -> Any:
+        """The engine with the fewest of the running trials, on a machine that stays; each forgets the trials that it
+        has no longer."""
+        loads = Counter(self._places[other] for other in running if other != number and other in self._places)
+        usable = [i for i in range(len(self._engines)) if not self._lost(i)] or range(len(self._engines))
+        chosen = min(usable, key=lambda i: loads[i])
+        for other, where in list(self._places.items()):
+            if other not in running or (other == number and where != chosen):
+                self._engines[where].call.remote("forget", other)
+                del self._places[other]
+        self._places[number] = chosen
+        return self._engines[chosen]
+
+    def _lost(self, i: int) -> bool:
+        """Whether its machine is gone, or going; one that is being started, again perhaps, is not lost."""
+        node = ray._private.state.actors(self._engines[i]._actor_id.hex())["Address"]["NodeID"]
+        if node:
+            self._nodes[i] = node
+        return i in self._nodes and (self._nodes[i] in self._draining() or node_is_gone(self._nodes[i]))
+
+
+def node_is_gone(node_id: str) -> bool:
+    """Whether a node of the cluster is dead, or does not answer: Ray itself takes up to half a minute to see that."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            if not node["Alive"]:
+                return True
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACH_SECONDS).close()
+            except OSError:
+                return True
+    return False
 
 
 def launch(cpus: float, gpus: float, slots: int) -> Any:
@@ -64,6 +118,7 @@ class PackedTrial:
         while True:
             try:
                 started: Started = self._call("start", number, config, job, checkpoint)
+                self.node = ray.get(engine.node.remote())
                 break
             except EngineLost:  # another one is being started
                 if time.monotonic() - began > START_SECONDS:

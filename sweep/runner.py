@@ -11,10 +11,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -38,10 +37,12 @@ from sweep.repair import starting_halvings
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
-from sweep.spec import SpecError, SweepSpec
-from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking
+from sweep.spec import Packing, SpecError, SweepSpec
+from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking, sample
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
+from trainables.packed.slots import MOST, Measured
+from trainables.packed.slots import slots as best_slots
 from trainables.protocol import Job
 
 PACKAGES = ("qlora-sweep", "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
@@ -105,10 +106,10 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
-    if spec.packing.slots > 1 and address != "local":
+    if isinstance(spec.packing, Packing) and spec.packing.slots > 1 and not _may_pack(place, address):
         raise Refused(
-            f"packing.slots: received {spec.packing.slots}, trials are packed on one machine only; leave out --address,"
-            " or set packing.slots=1"
+            f"packing.slots: received {spec.packing.slots}, but with {place.url} the machines of a cluster do not see"
+            " each other's files; leave out --address, take a storage that they share, or set packing.slots=1"
         )
     drain = Drain()
     winner = None
@@ -139,26 +140,20 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
 
             first_rung = spec.early_stopping.grace if spec.early_stopping else 1
 
-            slots = spec.packing.slots
+            watch = Watch(drain, spec.trial_timeout, alone=address == "local")
+            if isinstance(spec.packing, Packing):
+                slots, measuring = spec.packing.slots, None
+            elif spec.trainable == "toy" or not _may_pack(place, address):
+                slots, measuring = 1, None
+            else:
+                slots, measuring = _measured_slots(spec, job, ledger, concurrency, drain, listener.note)
             limit = min(concurrency * slots, spec.resources.concurrency or concurrency * slots)
-            engines = [
-                engine.launch(spec.resources.cpus, spec.resources.gpus, slots)
-                for _ in range(min(concurrency, -(-min(limit, spec.search.trials) // slots)) if slots > 1 else 0)
-            ]
-            on_engine: dict[int, int] = {}
-
-            def engine_for(number: int, running: Sequence[int]) -> Any:
-                """The engine with the fewest trials; each forgets those that it has no longer."""
-                if not engines:
-                    return None
-                loads = Counter(on_engine[other] for other in running if other != number and other in on_engine)
-                chosen = min(range(len(engines)), key=lambda i: loads[i])
-                for other, where in list(on_engine.items()):
-                    if other not in running or (other == number and where != chosen):
-                        engines[where].call.remote("forget", other)
-                        del on_engine[other]
-                on_engine[number] = chosen
-                return engines[chosen]
+            engines = None
+            if slots > 1:
+                wanted = min(concurrency, -(-min(limit, spec.search.trials) // slots))
+                more = range(wanted - (measuring is not None))
+                launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
+                engines = engine.Engines(filter(None, [measuring, *launched]), lambda: watch.draining)
 
             def assign(entry: Entry) -> Assignment:
                 entries = ledger.entries()
@@ -180,7 +175,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     sweep_id=ledger.noted("sweep_id"),
                     searched=spec.space.searched,
                     checkpoint_minutes=spec.checkpoint.every,
-                    engine=engine_for(entry.number, running),
+                    engine=engines.choose(entry.number, running) if engines else None,
                 )
 
             def started(entry: Entry) -> None:
@@ -221,7 +216,6 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 drain=drain,
                 started=started,
             )
-            watch = Watch(drain, spec.trial_timeout, alone=address == "local")
             scheduler = LedgerScheduler(
                 ledger,
                 settle=settled,
@@ -261,6 +255,63 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         kept_offline=kept_offline,
         seconds=seconds,
     )
+
+
+def _may_pack(place: Place, address: str) -> bool:
+    """Whether an engine can read and write what the processes of its trials can."""
+    return address == "local" or not place.is_remote
+
+
+def _measured_slots(
+    spec: SweepSpec, job: Job, ledger: Ledger, devices: int, drain: Drain, note: Callable[[str], None]
+) -> tuple[int, Any]:
+    """How many trials should share each device, and the engine that measured it just now, if it is of further use.
+
+    At most a third of a sweep's trials run at a time, for the others to learn from. What was measured is in the ledger,
+    for the next run on such a device.
+    """
+    most = min(spec.search.trials // 3, spec.resources.concurrency or spec.search.trials) // devices
+    configs = sample(spec.space, 64, spec.search.seed)
+    bases = len({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs})
+    if most // bases < 2:
+        return 1, None
+    kinds = [kind for kind in ray.cluster_resources() if kind.startswith("accelerator_type:")]
+    here = {"cpus": spec.resources.cpus, "gpus": spec.resources.gpus, "devices": sorted(kinds)}
+    recorded = ledger.noted("packing")
+    measuring = None
+    if recorded and recorded["on"] == here:
+        measured = Measured(**recorded["measured"])
+    else:
+        note("Measuring how many trials should share a device")
+        heaviest = max(configs, key=lambda c: (not c.gradient_checkpointing, c.micro_batch(), c.r))
+        measuring = engine.launch(spec.resources.cpus, spec.resources.gpus, MOST)
+        answer = measuring.call.remote("measure", heaviest, job)
+        while not drain() and not ray.wait([answer], timeout=0.2)[0]:
+            pass
+        if drain():
+            ray.kill(measuring)
+            return 1, None
+        try:
+            measured = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            ray.kill(measuring)
+            why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else str(error).splitlines()[0]
+            note(f"Packing: each trial has a process of its own, for a step of two could not be measured: {why}")
+            return 1, None
+        ledger.note("packing", {"on": here, "measured": asdict(measured)})
+    slots = best_slots(measured, bases, most)
+    if slots == 1:
+        two = f"two together would be {measured.gain(2):.2f} times as fast as one after the other"
+        note(f"Packing: each trial has a process of its own; {two}")
+        if measuring is not None:
+            ray.kill(measuring)
+        return 1, None
+    gain = f"{measured.gain(slots // bases):.1f} times as fast as one after the other"
+    note(
+        f"Packing: {slots} trials share a device, {gain}: a step takes {measured.fixed:.3f} s"
+        f" and {measured.each:.3f} s for each trial"
+    )
+    return slots, measuring
 
 
 def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:

@@ -7,7 +7,6 @@ ledger true: what was reported but not decided is decided when the trial is adop
 import errno
 import math
 import os
-import socket
 import time
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayActorError, RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from sweep.engine import node_is_gone
 from sweep.preemption import Drain
 from sweep.repair import may_halve
 from sweep.study import ENDED_AS, Entry, Ledger
@@ -36,8 +36,6 @@ ENGINE_SECONDS = 30.0
 """In this time all trials of an engine have told that it is lost."""
 LOOK_SECONDS = 1.0
 """How often the cluster is asked which of its machines are taken away."""
-REACH_SECONDS = 1.0
-"""How soon a machine answers that lives."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -212,7 +210,7 @@ class LedgerScheduler(FIFOScheduler):
             return TrialScheduler.STOP
         if slice_.evaluation is not None and self._settle(number):
             return TrialScheduler.STOP
-        if result["node"] in self._watch.draining and not self._drain():
+        if result["nodes"] & self._watch.draining and not self._drain():
             self._ledger.spend(number, result["cost"])
             return self._send_away(number, actor, "leaves a machine that is taken away", save=True)
         return TrialScheduler.CONTINUE
@@ -356,19 +354,10 @@ class LedgerScheduler(FIFOScheduler):
 
 
 def _machine_is_gone(cause: RayActorError) -> bool:
-    """Whether the node of a lost process is dead, or does not answer, which Ray takes up to half a minute to see."""
+    """Whether the node of a lost process is dead, or does not answer."""
     if cause.actor_id is None:
         return False
-    node_id = ray._private.state.actors(cause.actor_id)["Address"]["NodeID"]
-    for node in ray.nodes():
-        if node["NodeID"] == node_id:
-            if not node["Alive"]:
-                return True
-            try:
-                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACH_SECONDS).close()
-            except OSError:
-                return True
-    return False
+    return node_is_gone(ray._private.state.actors(cause.actor_id)["Address"]["NodeID"])
 
 
 def _where_space_went(directory: Path) -> str:

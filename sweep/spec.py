@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -144,9 +144,9 @@ class Resources(Section):
 class Packing(Section):
     """Trials that share a device: their rows go through one 4-bit base together."""
 
-    slots: Annotated[int, Field(ge=1)] = 1
+    slots: Annotated[int, Field(ge=1)]
     """Trials that one process trains together over one 4-bit base, on what `resources` gives to one; 1 gives each trial
-    a process of its own."""
+    a process of its own. `packing: auto`, the default, measures which number is fastest."""
 
 
 class Preemption(Section):
@@ -188,8 +188,8 @@ class SweepSpec(Section):
     """Weights & Biases."""
     resources: Resources = Resources()
     """What a trial gets."""
-    packing: Packing = Packing()
-    """Trials that share a device."""
+    packing: Packing | Literal["auto"] = "auto"
+    """Trials that share a device; `auto` measures how many should."""
     storage: Annotated[str, Field(min_length=1), AfterValidator(_store)] = "sweeps"
     """Where sweep directories are made: a directory, relative to the working directory, or `s3://bucket/prefix`."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
@@ -288,12 +288,14 @@ def _check_section(section: type[BaseModel], data: Mapping[str, Any], above: Key
         dotted = ".".join(map(str, key))
         if name not in data and field.is_required():
             faults.append((key, "is missing"))
-        elif inner and (isinstance(data.get(name), dict) or (name not in data and field.default is not None)):
+        elif inner and (
+            isinstance(data.get(name), dict) or (name not in data and isinstance(field.default, BaseModel))
+        ):
             sound[dotted] = True
             faults += _check_section(inner, data.get(name, {}), key, sound)
         elif name not in data:
             sound[dotted] = field.default
-        elif inner and not any(data[name] is plain for plain in _instead(field)):
+        elif inner and shown(data[name]) not in map(shown, _instead(field)):
             instead = listed([f"a mapping ({', '.join(inner.model_fields)})", *map(shown, _instead(field))])
             faults.append((key, f"received {shown(data[name])}, should be {instead}"))
         else:
@@ -390,7 +392,8 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 def _instead(field: FieldInfo) -> list[object]:
     """Plain values that may stand where a section would."""
     kinds = get_args(field.annotation)
-    return ([None] if NoneType in kinds else []) + ([False] if Literal[False] in kinds else [])
+    literals = [plain for kind in kinds if get_origin(kind) is Literal for plain in get_args(kind)]
+    return ([None] if NoneType in kinds else []) + literals
 
 
 def _resolved(data: Mapping[str, Any], directory: Path) -> dict[str, Any]:

@@ -305,17 +305,25 @@ def propose(
     raise SpaceExhausted(f"all {len(known)} configurations of the space have been tried")
 
 
+def sample(space: Space, count: int, seed: int) -> list[QLoRAConfig]:
+    """So many configurations of the space at random, doubles among them."""
+    blank = optuna.create_study()
+    return [_ask(blank, space, _sampler("random", _seed(seed, number, 0))).config for number in range(count)]
+
+
 def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) -> Iterator[Proposal]:
     """Candidates in the order in which they are considered, known ones among them."""
     number = len(entries)
     if sampler == "grid":
         yield from _grid(space)
         return
-    study = optuna.create_study(direction="minimize")
-    study.add_trials([entry.trial for entry in entries])
+    blank = optuna.create_study(direction="minimize")
+    study = blank
+    if sampler != "random":  # which learns nothing from them; they are copied one by one
+        study = optuna.create_study(direction="minimize")
+        study.add_trials([entry.trial for entry in entries])
     for attempt in range(RESAMPLES):
         yield _ask(study, space, _sampler(sampler, _seed(seed, number, attempt)))
-    blank = optuna.create_study(direction="minimize")
     for attempt in range(RESAMPLES, RESAMPLES + RANDOM_RESAMPLES):
         yield _ask(blank, space, _sampler("random", _seed(seed, number, attempt)))
     if not space.continuous:

@@ -161,9 +161,14 @@ class SlicedTrial(tune.Trainable):
             "banner": self._banner,
             "notes": notes,
             "halvings": self._assignment.job.halvings,
-            "node": ray.get_runtime_context().get_node_id(),
+            "nodes": self._nodes(),
             "failure": None,
         }
+
+    def _nodes(self) -> set[str]:
+        """Of the cluster, which the trial needs: that of this process and that of its engine."""
+        engine = {self._trial.node} if isinstance(self._trial, PackedTrial) else set()
+        return {ray.get_runtime_context().get_node_id()} | engine
 
     def _advance(self) -> Slice:
         if self._trial is None:

@@ -8,10 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from optuna.trial import TrialState
 
+from sweep.early_stopping import rungs, settle
+from sweep.study import ranking
+from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, curve, losses, steps
 from tests.test_qlora_sft import tiny as tiny  # a fixture
-from trainables import checkpoint, qlora_sft
+from trainables import checkpoint, model, qlora_sft
 from trainables.config import QLoRAConfig
 from trainables.packed import base as bases
 from trainables.packed import engine as engines
@@ -27,7 +31,7 @@ def config(**changed: object) -> QLoRAConfig:
 def engine() -> Iterator[Engine]:
     made = Engine()
     yield made
-    for number in range(10):
+    for number in range(12):
         made.forget(number)
 
 
@@ -69,6 +73,15 @@ def counted_turns(monkeypatch) -> list[int]:
     return turns
 
 
+def test_measures(engine, tiny):
+    """With two trials that leave nothing behind."""
+    found = engine.measure(config(batch_size=4), tiny)
+    assert found.fixed >= 0
+    assert found.each > 0
+    assert found.room > found.base > 0
+    assert model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant).idle
+
+
 CONFIGS = [
     config(seed=1, dropout=0.1),
     config(seed=2, r=4),
@@ -88,6 +101,33 @@ def test_each_gets_what_it_gets_alone(engine, tiny, monkeypatch):
         training, validation = curve(each, job)
         assert losses(done) == pytest.approx(training, abs=tolerance)
         assert losses(evaluations) == pytest.approx(validation, abs=tolerance)
+
+
+def decided(curves: list[list[float]]) -> tuple[list[tuple[TrialState, int]], list[int]]:
+    """How each trial ends and after which evaluation, and the ranking, when they report in their order."""
+    ledger = memory_ledger()
+    numbers = [add_trial(ledger) for _ in curves]
+    last = len(curves[0])
+    for evaluation in range(1, last + 1):
+        for number in numbers:
+            if ledger.entry(number).state is TrialState.RUNNING:
+                ledger.report(number, evaluation, curves[number][evaluation - 1])
+                settle(ledger, number, last, rungs(last, 1, 2), 2)
+    entries = ledger.entries()
+    return [(entry.state, entry.reported) for entry in entries], [entry.number for entry in ranking(entries)]
+
+
+def test_twelve_configurations_are_stopped_and_ranked_as_alone(engine, tiny):
+    job = replace(tiny, budget=steps(12, 4))
+    configs = [
+        config(seed=i, r=(4, 8, 16)[i % 3], dropout=(0.0, 0.1)[i % 2], learning_rate=10 ** (-4 + i / 6))
+        for i in (7, 2, 11, 4, 0, 9, 5, 1, 10, 3, 8, 6)
+    ]
+    together = [losses(evaluations) for _, evaluations in drive_all(engine, configs, job)]
+    alone = [curve(each, job)[1] for each in configs]
+    ends, order = decided(alone)
+    assert decided(together) == (ends, order)
+    assert len(set(ends)) > 2  # some are stopped early, some late, some not
 
 
 def test_a_trial_goes_on_up_to_its_evaluation_and_no_further(engine, tiny):

@@ -43,7 +43,7 @@ def result(**changes):
         "banner": "base",
         "notes": [],
         "halvings": 0,
-        "node": "n",
+        "nodes": {"n"},
         "failure": None,
     }
     return told | changes

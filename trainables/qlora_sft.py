@@ -10,9 +10,9 @@ Trials of one base go through it together (`turn`); each computes what it comput
 
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +21,11 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from trainables import data, model
-from trainables.checkpoint import Checkpoint
+from trainables.checkpoint import Checkpoint, disk_errors
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work, labels_of
@@ -146,9 +145,12 @@ class QLoRATrial:
     def hold(self) -> Slice:
         return self.news()
 
-    def micro_batches(self) -> list[Work]:
-        """The next step. What dropout draws follows from seed, step and place in the batch alone."""
-        numbers = rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
+    def next_rows(self) -> NDArray[np.int64]:
+        """Row numbers of the next step."""
+        return rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
+
+    def micro_batches(self, numbers: NDArray[np.int64]) -> list[Work]:
+        """A step on these rows. What dropout draws follows from seed, step and place in the batch alone."""
         rows = [self.train[int(number)] for number in numbers]
         sources = (np.random.SeedSequence((self.config.seed, self.step, place)) for place in range(len(rows)))
         seeds = [int(source.generate_state(1)[0]) for source in sources]
@@ -206,13 +208,10 @@ class QLoRATrial:
         )
         weights = {f"base_model.model.{name}": weight.cpu().clone() for name, weight in self.adapter.named.items()}
         evaluations = [asdict(evaluation) for evaluation in self.evaluations]
-        try:
+        with disk_errors(directory):
             lora.save_pretrained(str(directory))
             save_file(weights, directory / ADAPTER, {"format": "pt"})
             save_file(self.adapter.moments(), directory / STATE)
-        except SafetensorError as error:  # a full disk is one of these, and no OSError
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else None, f"cannot write {directory}: {error}") from error
         (directory / FACTS).write_text(json.dumps(self.facts | {"step": self.step, "evaluations": evaluations}))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -242,11 +241,27 @@ def turn(trials: Sequence[QLoRATrial]) -> None:
     step.
     """
     scoring = [trial for trial in trials if trial.evaluation_due is not None]
-    try:
+    with _nothing_lost(trials):
         if scoring:
             _score(scoring)
         else:
-            _train(trials)
+            _train(trials, [trial.micro_batches(trial.next_rows()) for trial in trials])
+
+
+def try_out(trials: Sequence[QLoRATrial], rows: NDArray[np.int64]) -> None:
+    """Have trials of one base that nobody needs take an optimiser step on the same rows, for its time and memory.
+
+    Raises as `turn` does.
+    """
+    with _nothing_lost(trials):
+        _train(trials, [trial.micro_batches(rows) for trial in trials])
+
+
+@contextmanager
+def _nothing_lost(trials: Sequence[QLoRATrial]) -> Iterator[None]:
+    """After an error each trial stands at its last step; one for want of memory is an `OutOfMemory`."""
+    try:
+        yield
     except Exception as error:
         for trial in trials:
             trial.adapter.gradient.zero_()
@@ -256,10 +271,10 @@ def turn(trials: Sequence[QLoRATrial]) -> None:
         raise
 
 
-def _train(trials: Sequence[QLoRATrial]) -> None:
+def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> None:
+    """An optimiser step of each, on its micro-batches."""
     began = time.perf_counter()
     base, pad = trials[0].base, trials[0].pad
-    steps = [trial.micro_batches() for trial in trials]
     labels = [sum(work.labels for work in step) for step in steps]
     losses = [torch.zeros((), device=base.model.device) for _ in trials]
     for number in range(max(len(step) for step in steps)):

@@ -9,9 +9,11 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from sweep.study import ranking
+from sweep import tracking
+from sweep.study import open_journal, ranking
 from tests import nodes, sweeps
 from tests.wandb_files import history
+from trainables.packed.slots import Measured, slots
 
 SPEC = """
 name: tiny
@@ -58,6 +60,12 @@ def assert_same_outcome(space: Path, serial) -> None:
     assert [entry.number for entry in ranking(entries)] == [entry.number for entry in ranking(serial)]
 
 
+def attempts(space: Path) -> set[str]:
+    """Marks of the attempts at trials that have trained."""
+    trials = space.parent / "sweeps/tiny/trials"
+    return {(rows.parent / "attempt.txt").read_text() for rows in trials.glob("*/rows.jsonl")}
+
+
 def processes(process, word: str) -> list[psutil.Process]:
     return [p for p in children(process) if word in p.name()]
 
@@ -78,7 +86,9 @@ def test_a_packed_sweep_is_a_serial_one(space, serial):
     assert (space.parent / "sweeps/tiny/best/adapter_model.safetensors").exists()
 
 
-def test_told_to_end(space, serial):
+@pytest.mark.timeout(600)  # three starts of an engine
+def test_told_to_end_and_then_killed(space, serial):
+    """SIGTERM to all, later SIGKILL to the driver; nothing is trained twice after the first."""
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
     began = time.monotonic()
@@ -86,25 +96,36 @@ def test_told_to_end(space, serial):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert time.monotonic() - began < 30
+
+    process = sweeps.start(space)
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 7, process)
+    orphans = processes(process, "EngineProcess")
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(orphans, timeout=30)[1]
+    for trial in (space.parent / "sweeps/tiny/trials").iterdir():
+        steps = [row[tracking.STEP] for row in tracking.logged(trial) if "train/loss" in row]
+        assert steps == list(range(1, len(steps) + 1))
+
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_outcome(space, serial)
-    assert sum(e.cost.steps for e in sweeps.entries(space, "tiny")) == 4 * 120  # nothing was trained twice
 
 
-@pytest.mark.parametrize("word", ["EngineProcess", "Trainable"])
-def test_a_killed_process(space, serial, word):
-    """That of the engine, with all its trials, or that of a trial."""
+def test_processes_are_killed(space, serial):
+    """That of the engine, with all its trials, and later that of a trial."""
     process = sweeps.start(space, "--set", "packing.slots=4")
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
-    found = processes(process, word) if word == "EngineProcess" else nodes.trial_processes(children(process))
-    found[0].kill()
+    before = attempts(space)
+    processes(process, "EngineProcess")[0].kill()
+    sweeps.wait_until(lambda: len(attempts(space) - before) == 4, process)
+    nodes.trial_processes(children(process))[0].kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    told = "lost its engine" if word == "EngineProcess" else "lost its process"
-    assert told in output
+    assert output.count("lost its engine") == 4, output
+    assert output.count("lost its process") == 1, output
     assert_same_outcome(space, serial)
-    assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == (word == "Trainable")
+    assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == 1
 
 
 def test_the_end_of_an_engine_counts_once(space):
@@ -112,16 +133,11 @@ def test_the_end_of_an_engine_counts_once(space):
     settings = ("packing.slots=6", "search.trials=6", "budget.steps=6000")
     process = sweeps.start(space, *(word for setting in settings for word in ("--set", setting)))
     try:
-        trials = space.parent / "sweeps/tiny/trials"
-
-        def attempts() -> set[str]:  # marks of trials that have trained
-            return {(rows.parent / "attempt.txt").read_text() for rows in trials.glob("*/rows.jsonl")}
-
-        sweeps.wait_until(lambda: len(attempts()) == 6, process)
-        before = attempts()
+        sweeps.wait_until(lambda: len(attempts(space)) == 6, process)
+        before = attempts(space)
         (first,) = processes(process, "EngineProcess")
         first.kill()
-        sweeps.wait_until(lambda: not attempts() & before, process)
+        sweeps.wait_until(lambda: not attempts(space) & before, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     finally:
@@ -130,19 +146,41 @@ def test_the_end_of_an_engine_counts_once(space):
     assert output.count("lost its engine") == 6, output
 
 
-def test_a_killed_driver(space, serial):
-    process = sweeps.start(space)
-    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
-    orphans = processes(process, "EngineProcess")
-    process.kill()
-    process.wait()
-    assert not psutil.wait_procs(orphans, timeout=30)[1]
-    again = sweeps.run(space)
-    assert again.returncode == 0, again.stdout + again.stderr
+def test_a_machine_of_two_is_lost(space, serial):
+    """Each has an engine; the trials of the one that is killed go on in the other."""
+    with nodes.cluster() as cluster:
+        first, _ = cluster.start(cpus=1), cluster.start(cpus=1)
+        process = sweeps.start(space, "--set", "packing.slots=2", "--address", cluster.address)
+        sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
+        engines = [p for node in cluster.started for p in node.children(recursive=True) if "EngineProcess" in p.name()]
+        assert len(engines) == 2
+        nodes.kill(first)
+        output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert "lost its" in output
     assert_same_outcome(space, serial)
+    assert not any(entry.deaths for entry in sweeps.entries(space, "tiny"))
 
 
-def test_a_cluster_is_refused(space):
-    refused = sweeps.run(space, "--address", "127.0.0.1:9")
+def test_machines_that_do_not_share_files_are_refused(space):
+    settings = ("storage=s3://bucket/sweeps", "ledger=sqlite:///ledger.db")
+    words = [word for setting in settings for word in ("--set", setting)]
+    refused = sweeps.run(space, *words, "--address", "127.0.0.1:9")
     assert refused.returncode == 2
-    assert "packing.slots: received 3, trials are packed on one machine only" in refused.stderr
+    assert "packing.slots: received 3" in refused.stderr
+
+
+def test_how_many_share_is_measured_once(space):
+    """Each trial tells of its engine by its speed only; so what is said is compared with what was measured."""
+    settings = ("packing=auto", "resources.cpus=2", "search.trials=9", "budget.steps=6", "space.quant_type=nf4")
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = sweeps.run(space, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Measuring how many trials should share a device" in done.stdout
+    ledger = open_journal(space.parent / "sweeps/tiny/study.log", "tiny")
+    found = slots(Measured(**ledger.noted("packing")["measured"]), bases=1, most=3)
+    assert f"Packing: {found} trials share a device" in done.stdout or (found == 1 and "of its own" in done.stdout)
+    again = sweeps.run(space, *words, "--set", "search.trials=10")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Measuring" not in again.stdout
+    assert [entry.state for entry in sweeps.entries(space, "tiny")] == [TrialState.COMPLETE] * 10

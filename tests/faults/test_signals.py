@@ -24,8 +24,9 @@ def wait_for_the_first_step(space, process):
     time.sleep(2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("whole_group", [False, True], ids=["driver", "group"])
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+)
 def test_preempted_and_run_again(undisturbed, space, number, whole_group):
     """A signal to the driver, or to all its processes: each running trial writes a checkpoint at its next step."""
     _, _, expected = undisturbed

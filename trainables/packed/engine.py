@@ -24,6 +24,8 @@ from trainables import qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
 from trainables.packed.base import Base
+from trainables.packed.measure import measure
+from trainables.packed.slots import Measured
 from trainables.protocol import Forgotten, Job, NoRoomYet, OutOfMemory, Slice, Started
 from trainables.qlora_sft import QLoRATrial, turn
 
@@ -63,6 +65,10 @@ class Engine:
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def measure(self, config: QLoRAConfig, job: Job) -> Measured:
+        """See `measure.measure`; before any trial."""
+        return self._called(lambda: measure(config, job))
 
     def start(self, key: str, number: int, config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Started:
         """See `qlora_sft.start`. The trial is called `key` from now on; an earlier attempt at `number` ends.

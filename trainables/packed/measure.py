@@ -1,0 +1,76 @@
+"""What a step costs on this device, alone and together, measured with the rows of the sweep."""
+
+import resource
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from trainables import model
+from trainables.config import QLoRAConfig
+from trainables.packed.slots import Measured
+from trainables.protocol import Job
+from trainables.qlora_sft import QLoRATrial, try_out
+
+SECONDS = 2.0
+"""How long steps of one number of trials are timed; at least one is."""
+ROOM = {"cuda": 0.9, "cpu": 0.5}
+"""Share of the free memory that trials may use: that of a CPU is not theirs alone."""
+
+
+def measure(config: QLoRAConfig, job: Job) -> Measured:
+    """Time steps of one and of two trials of this configuration on rows of median length, and see what memory they need
+    with the longest rows.
+
+    Raises what `qlora_sft.start` raises, and `OutOfMemory` when two do not fit.
+    """
+    on = model.device()
+    trials = [QLoRATrial(config.model_copy(update={"seed": seed}), job, None) for seed in (0, 1)]
+    try:
+        by_length = np.argsort(np.diff(trials[0].train.offsets), kind="stable")
+        rows = min(config.micro_batch(job.halvings), len(by_length))
+        median = by_length[(len(by_length) - rows) // 2 :][:rows]
+        alone, together = _seconds(trials[:1], median), _seconds(trials, median)
+        of_one, of_two = _peak(trials[:1], by_length[-rows:], on), _peak(trials, by_length[-rows:], on)
+        each = max(together - alone, alone / 1000)  # what is lost in the noise is not for free
+        return Measured(
+            fixed=max(0.0, alone - each),
+            each=each,
+            room=int(ROOM[on.type] * _free(on)),
+            base=model.footprint(trials[0].base)[0],
+            of_trial=max(0, of_two - of_one),
+        )
+    finally:
+        for trial in trials:
+            trial.close()
+
+
+def _seconds(trials: Sequence[QLoRATrial], rows: NDArray[np.int64]) -> float:
+    """Of the fastest step on these rows, after one that does not count."""
+    try_out(trials, rows)
+    taken: list[float] = []
+    while sum(taken) < SECONDS:
+        began = time.perf_counter()
+        try_out(trials, rows)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _peak(trials: Sequence[QLoRATrial], rows: NDArray[np.int64], on: torch.device) -> int:
+    """Bytes of the process in a step, at most; on a CPU, at most so far."""
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
+    try_out(trials, rows)
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free(on: torch.device) -> int:
+    """Bytes of the device that nobody uses; what torch holds back for later counts."""
+    if on.type == "cuda":
+        return torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
+    return psutil.virtual_memory().available

@@ -4,7 +4,9 @@
 
 Per batch size and compute data type: a step of each of K trials, one after the other, and a packed step of all of them.
 Both are run in turn in one process; shown are medians, and the median of the ratios; then tokens a second of the packed
-steps, and of a validation of the same trials together.
+steps, what share of an fp32 product's speed they reach (4 x quantised parameters x tokens, which is what the base's
+products take), tokens a second of a validation of the same trials together, and how long it takes to close a trial and
+to attach another.
 """
 
 import argparse
@@ -90,6 +92,17 @@ def scoring_seconds(trials: list[QLoRATrial], rows: data.Rows) -> float:
     return now() - began
 
 
+def product_peak() -> float:
+    """Operations a second of an fp32 product on the CPU."""
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / statistics.median(seconds[2:])
+
+
 def header() -> str:
     """Date, machine and versions."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
@@ -111,7 +124,11 @@ def main() -> None:
     print(f"K {asked.slots}, r {asked.r}, rows of {asked.tokens} tokens, {asked.runs} runs")
     with tempfile.TemporaryDirectory() as directory:
         job = job_on(asked.model, Path(directory))
-        print("dtype  batch   K steps, s   packed, s   ratio   training tokens/s   validation tokens/s")
+        peak = product_peak()
+        print(f"fp32 product: {peak / 1e9:.0f} GFLOP/s")
+        print(
+            "dtype  batch   K steps, s   packed, s   ratio   training tokens/s   share   validation tokens/s   next, s"
+        )
         for dtype in asked.dtypes:
             for batch in asked.batches:
                 settings = {"r": asked.r, "batch_size": batch, "compute_dtype": dtype}
@@ -120,9 +137,15 @@ def main() -> None:
                 training = asked.slots * batch * asked.tokens / together
                 rows = rows_of(asked.tokens, SCORED, trials[0].base.model.config.vocab_size)
                 scoring = asked.slots * SCORED * asked.tokens / scoring_seconds(trials, rows)
+                quantised = sum(inputs * outputs for _, inputs, outputs in trials[0].base.layers.values())
+                share = 4 * quantised * training / peak
+                began = now()
+                trials.pop().close()
+                trials.append(QLoRATrial(QLoRAConfig.model_validate(settings), job, None))
+                attached = now() - began
                 for trial in trials:
                     trial.close()
-                rates = f"{training:18,.0f}  {scoring:20,.0f}"
+                rates = f"{training:18,.0f}  {share:6.2f}  {scoring:20,.0f}  {attached:8.2f}"
                 print(f"{dtype:5}  {batch:5}  {alone:11.2f}  {together:10.2f}  {ratio:6.2f}  {rates}", flush=True)
 
 

@@ -5,7 +5,9 @@
 The same configurations, rows and trained steps on the price data with a base in nf4; nothing is stopped early. `naive`
 is `benchmarks.naive_sweep`; `serial` is `python -m sweep run` with a process for each trial, as many side by side as
 there are cores (or, with --gpus, GPUs); `packed` is the same with all trials in one process. Each side is a command of
-its own, from its start to its end, and the last validation loss of every trial is shown beside it.
+its own, from its start to its end. Beside it are shown the most memory that all its processes had at a time (what they
+share counts once), for ours how its wall clock relates to the seconds that steps and validations took, and the last
+validation loss of every trial.
 """
 
 import argparse
@@ -16,14 +18,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from sweep.study import open_journal
+from sweep.study import Entry, open_journal
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/smollm2-135m"
@@ -73,15 +77,27 @@ def _llama(name: str, place: Path) -> str:
     return make_llama(name, place).model
 
 
-def naive(directory: Path, work: Work) -> list[float]:
+@dataclass(frozen=True)
+class Done:
+    """A side, when it has ended."""
+
+    output: str
+    seconds: float
+    memory: int
+    """Bytes of all its processes, at most."""
+
+
+def naive(directory: Path, work: Work) -> tuple[Done, list[float]]:
+    """With the last loss of every trial."""
     file = directory / "work.json"
     file.write_text(json.dumps(asdict(work)))
     done = run(["-m", "benchmarks.naive_sweep", str(file)], directory)
-    losses: list[float] = json.loads(done.splitlines()[-1])["losses"]
-    return losses
+    told = next(line for line in reversed(done.output.splitlines()) if line.startswith('{"losses"'))
+    losses: list[float] = json.loads(told)["losses"]
+    return done, losses
 
 
-def ours(directory: Path, work: Work, slots: int) -> list[float]:
+def ours(directory: Path, work: Work, slots: int) -> tuple[Done, list[Entry]]:
     spec = {
         "name": "ours",
         "model": work.model,
@@ -107,18 +123,37 @@ def ours(directory: Path, work: Work, slots: int) -> list[float]:
     }
     file = directory / f"ours-{slots}.yaml"
     file.write_text(json.dumps(spec))
-    run(["-m", "sweep", "run", str(file)], ROOT)
-    entries = open_journal(directory / f"ours-{slots}/ours/study.log", "ours").entries()
-    return [entry.losses[entry.reported] for entry in entries]
+    done = run(["-m", "sweep", "run", str(file)], directory)
+    return done, open_journal(directory / f"ours-{slots}/ours/study.log", "ours").entries()
 
 
-def run(command: list[str], directory: Path) -> str:
+def run(command: list[str], directory: Path) -> Done:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return done.stdout
+    began = time.monotonic()
+    memory = 0
+    with (directory / "output.txt").open("w+") as output:
+        process = psutil.Popen(
+            [sys.executable, *command], cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            memory = max(memory, sum(map(held, [process, *process.children(recursive=True)])))
+            with suppress(psutil.TimeoutExpired):
+                process.wait(1)
+        seconds = time.monotonic() - began
+        output.seek(0)
+        said = output.read()
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}:\n{said[-3000:]}")
+    return Done(said, seconds, memory)
+
+
+def held(process: psutil.Process) -> int:
+    """Bytes of a process; of what it shares with others its part."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:  # it has just ended
+        return 0
 
 
 def main() -> None:
@@ -131,6 +166,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--validation-rows", type=int, default=48)
     parser.add_argument("--compute-dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--cpus", type=float, default=1, help="of a trial: 0.25 has eight side by side on two cores")
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--runs", type=int, default=1)
     asked = parser.parse_args()
@@ -153,19 +189,25 @@ def main() -> None:
             asked.evaluations,
             asked.batch_size,
             asked.compute_dtype,
-            cpus=1,
-            gpus=asked.gpus,
+            asked.cpus,
+            asked.gpus,
         )
         write_rows(place, asked.steps * asked.batch_size, asked.validation_rows)
         for number in range(asked.runs):
             for side in asked.sides:
                 directory = place / f"{side}-{number}"
                 directory.mkdir()
-                began = time.monotonic()
-                losses = naive(directory, work) if side == "naive" else ours(directory, work, _slots(side, work))
-                seconds[side].append(time.monotonic() - began)
+                if side == "naive":
+                    done, losses = naive(directory, work)
+                    apart = ""
+                else:
+                    done, entries = ours(directory, work, _slots(side, work))
+                    losses = [entry.losses[entry.reported] for entry in entries]
+                    apart = f"  {done.seconds / sum(entry.cost.seconds for entry in entries):.2f} x its steps"
+                seconds[side].append(done.seconds)
+                memory = f"{done.memory / 2**30:.2f} GiB"
                 shown = " ".join(f"{loss:.4f}" for loss in losses)
-                print(f"run {number + 1}  {side:6}  {seconds[side][-1]:7.1f} s  last losses {shown}", flush=True)
+                print(f"run {number + 1}  {side:6} {done.seconds:7.1f} s {memory:>10}{apart}  {shown}", flush=True)
     for side in asked.sides[1:]:
         ratio = np.mean(seconds[asked.sides[0]]) / np.mean(seconds[side])
         print(f"{asked.sides[0]} / {side}: {ratio:.2f}")

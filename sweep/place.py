@@ -18,6 +18,7 @@ from filelock import FileLock
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from sweep.paths import SweepPaths
+from trainables.base_cache import home
 from trainables.checkpoint import MANIFEST
 from trainables.data import SUMMARY
 
@@ -192,5 +193,4 @@ def _store(url: str) -> tuple[FileSystem, str]:
 
 
 def _copy_of(url: str) -> Path:
-    above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return above / "qlora-sweep" / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rstrip("/").rpartition("/")[2]
+    return home() / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rstrip("/").rpartition("/")[2]

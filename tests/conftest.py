@@ -1,6 +1,7 @@
 """The toy sweep that most tests of the framework run, disturb, and compare with."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -8,6 +9,9 @@ from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several workers that wait for each other take minutes
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers, and the sweeps that they start, inherit it
+    caches = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["XDG_CACHE_HOME"] = caches.name
 
 
 def pytest_collection_modifyitems(items):

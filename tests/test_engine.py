@@ -216,10 +216,10 @@ def test_an_error_is_told_to_its_trial_alone(engine, tiny, monkeypatch):
     expected = curve(well, job)[0]
     micro_batches = qlora_sft.QLoRATrial.micro_batches
 
-    def broken(trial):
+    def broken(trial, numbers):
         if trial.config.seed == 1 and trial.step == 3:
             raise ValueError("a broken row")
-        return micro_batches(trial)
+        return micro_batches(trial, numbers)
 
     monkeypatch.setattr(qlora_sft.QLoRATrial, "micro_batches", broken)
     with ThreadPoolExecutor(2) as pool:

@@ -12,9 +12,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from trainables.protocol import Evaluation
 
@@ -57,14 +61,7 @@ def write(trial_dir: Path, step: int, evaluations: tuple[Evaluation, ...], save:
     temporary.mkdir()
     try:
         save(temporary)
-        files = {}
-        for file in _files(temporary):
-            _flush(file)
-            files[file.relative_to(temporary).as_posix()] = _checksum(file)
-        manifest = {"format": FORMAT, "step": step, "evaluations": [asdict(e) for e in evaluations], "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
+        seal(temporary, {"format": FORMAT, "step": step, "evaluations": [asdict(e) for e in evaluations]})
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
@@ -122,14 +119,52 @@ def best(trial_dir: Path) -> Checkpoint | None:
 def read(path: Path) -> Checkpoint:
     """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
     found, files = _manifest(path, (FORMAT,))
-    for name, checksum in files.items():
-        try:
-            actual = _checksum(path / name)
-        except OSError as error:
-            raise ValueError(f"checkpoint {path} is damaged: {name} is missing or unreadable ({error})") from error
-        if actual != checksum:
-            raise ValueError(f"checkpoint {path} is damaged: {name} was altered")
+    try:
+        check_files(path, files)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
     return found
+
+
+def seal(directory: Path, facts: Mapping[str, object]) -> None:
+    """Flush what stands in `directory` and write its manifest, last: the `facts`, and a checksum of each file."""
+    files = list(_files(directory))
+    for file in files:
+        _flush(file)
+    with ThreadPoolExecutor() as pool:
+        checksums = pool.map(checksum_of, files)
+        names = (file.relative_to(directory).as_posix() for file in files)
+        manifest = {**facts, "files": dict(zip(names, checksums, strict=True))}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _flush(directory / MANIFEST)
+    _flush(directory)
+
+
+def check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Compare `files`, checksums by name, with what stands in `directory`; ValueError names the first that differs."""
+
+    def flaw(name: str) -> str | None:
+        try:
+            return None if checksum_of(directory / name) == files[name] else f"{name} was altered"
+        except OSError as error:
+            return f"{name} is missing or unreadable ({error})"
+
+    with ThreadPoolExecutor() as pool:
+        found = next(filter(None, pool.map(flaw, files)), None)
+    if found is not None:
+        raise ValueError(found)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """While safetensors writes to `directory`: a full disk, of which it makes an error of its own, is an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, f"cannot write {directory}: {error}") from error
 
 
 def _manifest(path: Path, formats: Collection[int]) -> tuple[Checkpoint, dict[str, str]]:
@@ -169,7 +204,8 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
-def _checksum(file: Path) -> str:
+def checksum_of(file: Path) -> str:
+    """SHA-256 of the content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -1,10 +1,11 @@
-"""The base model in 4 bits: loaded and quantised once per process, for all its trials."""
+"""The base model in 4 bits: loaded once per process, for all its trials, and quantised once per machine."""
 
 import gc
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from trainables import base_cache
 from trainables.config import ComputeDtype, QuantType
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Base
@@ -41,6 +43,7 @@ def base(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_
     """The frozen base on `device()`: linear layers but the output head in 4 bits, the rest in `compute_dtype`.
 
     It drops nothing while training: adapters have their own dropout, which depends on nothing but the trial.
+    What quantising made of the model is kept on disk for the next process (see `base_cache`), bit by bit.
 
     A second call with the same arguments returns the same object. Bases of other settings stay warm beside it as long
     as all together take at most a quarter of the device's memory; else the least recently used ones go that serve no
@@ -69,18 +72,25 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
     in_fp32 = compute_dtype == "bf16" and device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if in_fp32:
         multiply_bf16_in_fp32()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=DTYPES[compute_dtype],
-        device_map={"": device()},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_compute_dtype=DTYPES[compute_dtype],
-            bnb_4bit_use_double_quant=double_quant,
-        ),
-    )
-    assert isinstance(loaded, PreTrainedModel)
+    dtype = DTYPES[compute_dtype]
+    cached = base_cache.locate(model, quant_type, compute_dtype, double_quant, _kind())
+    loaded = None if cached is None else cached.read(_read)
+    if loaded is None:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=(cached and cached.revision) or "main",
+            dtype=dtype,
+            device_map={"": device()},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant_type,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=double_quant,
+            ),
+        )
+        assert isinstance(loaded, PreTrainedModel)
+        if cached is not None and not loaded._hf_peft_config_loaded:  # of which nothing else would be saved
+            cached.write(loaded.get_memory_footprint(), partial(loaded.save_pretrained, max_shard_size="1GB"))
     for layer in loaded.modules():
         if isinstance(layer, Linear4bit):
             assert isinstance(layer.weight, Params4bit)
@@ -91,7 +101,27 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
     loaded.requires_grad_(False).train(False)
-    return Base(loaded, torch.float32 if in_fp32 else DTYPES[compute_dtype])
+    return Base(loaded, torch.float32 if in_fp32 else dtype)
+
+
+def _read(directory: Path) -> PreTrainedModel:
+    """A base as it was quantised. Raises OSError when it is not whole."""
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        directory, device_map={"": device()}, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    loaded, about = found
+    if about["missing_keys"]:
+        raise OSError(f"it lacks {', '.join(sorted(about['missing_keys']))}")
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded
+
+
+def _kind() -> str:
+    """Of the device, as far as the last bit of quantisation constants goes: a CPU sums up by thread."""
+    on = device()
+    if on.type == "cuda":
+        return torch.cuda.get_device_name(on)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 @cache

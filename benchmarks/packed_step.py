@@ -24,6 +24,7 @@ import torch
 
 from trainables import data
 from trainables.config import QLoRAConfig
+from trainables.model import device
 from trainables.protocol import Budget, Job
 from trainables.qlora_sft import EVALUATION_TOKENS, QLoRATrial, rows_of_evaluation, turn
 
@@ -93,13 +94,13 @@ def scoring_seconds(trials: list[QLoRATrial], rows: data.Rows) -> float:
 
 
 def product_peak() -> float:
-    """Operations a second of an fp32 product on the CPU."""
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    """Operations a second of an fp32 product on the device."""
+    left, right = (torch.randn(2048, 2048, device=device()) for _ in range(2))
     seconds = []
     for _ in range(8):
-        began = time.perf_counter()
+        began = now()
         left @ right
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now() - began)
     return 2 * 2048**3 / statistics.median(seconds[2:])
 
 

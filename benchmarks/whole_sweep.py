@@ -6,8 +6,8 @@ The same configurations, rows and trained steps on the price data with a base in
 is `benchmarks.naive_sweep`; `serial` is `python -m sweep run` with a process for each trial, as many side by side as
 there are cores (or, with --gpus, GPUs); `packed` is the same with all trials in one process. Each side is a command of
 its own, from its start to its end. Beside it are shown the most memory that all its processes had at a time (what they
-share counts once), for ours how its wall clock relates to the seconds that steps and validations took, and the last
-validation loss of every trial.
+share counts once), for `packed` how its wall clock relates to the seconds that steps and validations took, and the last
+validation loss of every trial. Each run begins without a quantised base on disk.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from sweep.study import Entry, open_journal
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/smollm2-135m"
 ROWS = ROOT / "search_spaces/data/pricer-train.jsonl"
+LOOK_SECONDS = 5.0
+"""How often memory is looked at, which takes some time itself."""
 SIDES = ["naive", "serial", "packed"]
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "wandb", "optuna")
 
@@ -129,7 +131,7 @@ def ours(directory: Path, work: Work, slots: int) -> tuple[Done, list[Entry]]:
 
 def run(command: list[str], directory: Path) -> Done:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, "XDG_CACHE_HOME": str(directory / "cache")}
     began = time.monotonic()
     memory = 0
     with (directory / "output.txt").open("w+") as output:
@@ -139,7 +141,7 @@ def run(command: list[str], directory: Path) -> Done:
         while process.poll() is None:
             memory = max(memory, sum(map(held, [process, *process.children(recursive=True)])))
             with suppress(psutil.TimeoutExpired):
-                process.wait(1)
+                process.wait(LOOK_SECONDS)
         seconds = time.monotonic() - began
         output.seek(0)
         said = output.read()
@@ -203,7 +205,8 @@ def main() -> None:
                 else:
                     done, entries = ours(directory, work, _slots(side, work))
                     losses = [entry.losses[entry.reported] for entry in entries]
-                    apart = f"  {done.seconds / sum(entry.cost.seconds for entry in entries):.2f} x its steps"
+                    busy = sum(entry.cost.seconds for entry in entries)
+                    apart = f"  {done.seconds / busy:.2f} x its steps" if side == "packed" else ""
                 seconds[side].append(done.seconds)
                 memory = f"{done.memory / 2**30:.2f} GiB"
                 shown = " ".join(f"{loss:.4f}" for loss in losses)

@@ -24,8 +24,12 @@ CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
 """How long an engine may take to come back."""
+CALLER_BYTES = 250_000_000
+"""About what the process of a packed trial holds."""
 REACH_SECONDS = 1.0
 """How soon a machine answers that lives."""
+LOOK_SECONDS = 2.0
+"""How often a machine is asked."""
 
 
 class EngineLost(Exception):
@@ -50,19 +54,30 @@ class EngineProcess:
 class Engines:
     """The engines of a sweep, and which of them has which trial."""
 
-    def __init__(self, engines: Iterable[Any], draining: Callable[[], set[str]]) -> None:
-        """`draining` gives the nodes that are being taken away."""
+    def __init__(self, engines: Iterable[Any], slots: int, draining: Callable[[], set[str]]) -> None:
+        """`slots` are those of each; `draining` gives the nodes that are being taken away."""
         self._engines = list(engines)
+        self._slots = slots
         self._draining = draining
         self._nodes: dict[int, str] = {}  # where each was last seen
+        self._gone: dict[str, tuple[float, bool]] = {}  # by node: time.monotonic() of the answer, and the answer
         self._places: dict[int, int] = {}  # of trials
+
+    def ready(self) -> bool:
+        """Whether a trial can be given to one: not while all of their machines are gone, or going."""
+        return any(not self._lost(i) for i in range(len(self._engines)))
 
     def choose(self, number: int, running: Sequence[int]) -> Any:
         """The engine with the fewest of the running trials, on a machine that stays; each forgets the trials that it
-        has no longer."""
+        has no longer.
+
+        One that was never seen to run is the last choice: the cluster may have no room for it.
+        """
         loads = Counter(self._places[other] for other in running if other != number and other in self._places)
-        usable = [i for i in range(len(self._engines)) if not self._lost(i)] or range(len(self._engines))
-        chosen = min(usable, key=lambda i: loads[i])
+        chosen = min(
+            range(len(self._engines)),
+            key=lambda i: (self._lost(i), loads[i] >= self._slots, i not in self._nodes, loads[i]),
+        )
         for other, where in list(self._places.items()):
             if other not in running or (other == number and where != chosen):
                 self._engines[where].call.remote("forget", other)
@@ -72,10 +87,19 @@ class Engines:
 
     def _lost(self, i: int) -> bool:
         """Whether its machine is gone, or going; one that is being started, again perhaps, is not lost."""
-        node = ray._private.state.actors(self._engines[i]._actor_id.hex())["Address"]["NodeID"]
-        if node:
-            self._nodes[i] = node
-        return i in self._nodes and (self._nodes[i] in self._draining() or node_is_gone(self._nodes[i]))
+        known = ray._private.state.actors(self._engines[i]._actor_id.hex())
+        if known.get("State") == "ALIVE":
+            self._nodes[i] = known["Address"]["NodeID"]
+        node = self._nodes.get(i)
+        return node is not None and (node in self._draining() or self._is_gone(node))
+
+    def _is_gone(self, node: str) -> bool:
+        now = time.monotonic()
+        asked, gone = self._gone.get(node, (-LOOK_SECONDS, False))
+        if now - asked >= LOOK_SECONDS:
+            gone = node_is_gone(node)
+            self._gone[node] = time.monotonic(), gone
+        return gone
 
 
 def node_is_gone(node_id: str) -> bool:
@@ -118,7 +142,7 @@ class PackedTrial:
         while True:
             try:
                 started: Started = self._call("start", number, config, job, checkpoint)
-                self.node = ray.get(engine.node.remote())
+                self.node: str = self._answer(engine.node.remote())
                 break
             except EngineLost:  # another one is being started
                 if time.monotonic() - began > START_SECONDS:
@@ -151,8 +175,11 @@ class PackedTrial:
         return slice_
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        return self._answer(self._engine.call.remote(method, self._key, *arguments))
+
+    def _answer(self, asked: Any) -> Any:
         try:
-            return ray.get(self._engine.call.remote(method, self._key, *arguments))
+            return ray.get(asked)
         except RayTaskError as error:
             if isinstance(error.cause, Forgotten):
                 raise EngineLost(str(error.cause)) from None

@@ -11,9 +11,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -27,7 +27,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import engine, report, tracking
+from sweep import engine, packing, report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
@@ -38,11 +38,9 @@ from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielde
 from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec
-from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking, sample
+from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
-from trainables.packed.slots import MOST, Measured
-from trainables.packed.slots import slots as best_slots
 from trainables.protocol import Job
 
 PACKAGES = ("qlora-sweep", "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
@@ -121,7 +119,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         ledger = _open(spec, paths, inputs, listener) if paths.spec.exists() else None
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
         with (
-            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as concurrency,
+            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as side_by_side,
             draining_after(drain, spec.budget.hours),
         ):
             bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
@@ -141,19 +139,23 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             first_rung = spec.early_stopping.grace if spec.early_stopping else 1
 
             watch = Watch(drain, spec.trial_timeout, alone=address == "local")
-            if isinstance(spec.packing, Packing):
-                slots, measuring = spec.packing.slots, None
-            elif spec.trainable == "toy" or not _may_pack(place, address):
-                slots, measuring = 1, None
+            entries = ledger.entries()
+            unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
+            left = unfinished + max(0, spec.search.trials - len(entries))
+            if _may_pack(place, address):
+                slots, measuring = packing.slots(spec, job, ledger, left, side_by_side, drain, listener.note)
             else:
-                slots, measuring = _measured_slots(spec, job, ledger, concurrency, drain, listener.note)
-            limit = min(concurrency * slots, spec.resources.concurrency or concurrency * slots)
+                slots, measuring = 1, None
+                if spec.packing == "auto" and spec.trainable != "toy":
+                    listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
+            most = sum(side_by_side) * slots
+            limit = min(most, spec.resources.concurrency or most)
             engines = None
-            if slots > 1:
-                wanted = min(concurrency, -(-min(limit, spec.search.trials) // slots))
+            if slots > 1 and left:
+                wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
                 more = range(wanted - (measuring is not None))
                 launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
-                engines = engine.Engines(filter(None, [measuring, *launched]), lambda: watch.draining)
+                engines = engine.Engines(filter(None, [measuring, *launched]), slots, lambda: watch.draining)
 
             def assign(entry: Entry) -> Assignment:
                 entries = ledger.entries()
@@ -215,6 +217,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 assign=assign,
                 drain=drain,
                 started=started,
+                ready=engines.ready if engines else lambda: True,
             )
             scheduler = LedgerScheduler(
                 ledger,
@@ -260,58 +263,6 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
 def _may_pack(place: Place, address: str) -> bool:
     """Whether an engine can read and write what the processes of its trials can."""
     return address == "local" or not place.is_remote
-
-
-def _measured_slots(
-    spec: SweepSpec, job: Job, ledger: Ledger, devices: int, drain: Drain, note: Callable[[str], None]
-) -> tuple[int, Any]:
-    """How many trials should share each device, and the engine that measured it just now, if it is of further use.
-
-    At most a third of a sweep's trials run at a time, for the others to learn from. What was measured is in the ledger,
-    for the next run on such a device.
-    """
-    most = min(spec.search.trials // 3, spec.resources.concurrency or spec.search.trials) // devices
-    configs = sample(spec.space, 64, spec.search.seed)
-    bases = len({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs})
-    if most // bases < 2:
-        return 1, None
-    kinds = [kind for kind in ray.cluster_resources() if kind.startswith("accelerator_type:")]
-    here = {"cpus": spec.resources.cpus, "gpus": spec.resources.gpus, "devices": sorted(kinds)}
-    recorded = ledger.noted("packing")
-    measuring = None
-    if recorded and recorded["on"] == here:
-        measured = Measured(**recorded["measured"])
-    else:
-        note("Measuring how many trials should share a device")
-        heaviest = max(configs, key=lambda c: (not c.gradient_checkpointing, c.micro_batch(), c.r))
-        measuring = engine.launch(spec.resources.cpus, spec.resources.gpus, MOST)
-        answer = measuring.call.remote("measure", heaviest, job)
-        while not drain() and not ray.wait([answer], timeout=0.2)[0]:
-            pass
-        if drain():
-            ray.kill(measuring)
-            return 1, None
-        try:
-            measured = ray.get(answer)
-        except ray.exceptions.RayError as error:
-            ray.kill(measuring)
-            why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else str(error).splitlines()[0]
-            note(f"Packing: each trial has a process of its own, for a step of two could not be measured: {why}")
-            return 1, None
-        ledger.note("packing", {"on": here, "measured": asdict(measured)})
-    slots = best_slots(measured, bases, most)
-    if slots == 1:
-        two = f"two together would be {measured.gain(2):.2f} times as fast as one after the other"
-        note(f"Packing: each trial has a process of its own; {two}")
-        if measuring is not None:
-            ray.kill(measuring)
-        return 1, None
-    gain = f"{measured.gain(slots // bases):.1f} times as fast as one after the other"
-    note(
-        f"Packing: {slots} trials share a device, {gain}: a step takes {measured.fixed:.3f} s"
-        f" and {measured.each:.3f} s for each trial"
-    )
-    return slots, measuring
 
 
 def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
@@ -441,8 +392,8 @@ def _in_use(place: Place) -> Refused:
 
 
 @contextmanager
-def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
-    """A Ray cluster for the block; gives the number of trials that fit side by side.
+def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[list[int]]:
+    """A Ray cluster for the block; gives how many trials fit side by side, for each machine that has room for one.
 
     A cluster that was started here is left to end with this process, which the kernel sees to: the shutdown of Ray's
     processes, which are shielded from signals, takes seconds.
@@ -460,20 +411,35 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[int]:
             f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
         ) from error
     try:
-        has = ray.cluster_resources()
-        wanted = {"CPU": cpus, "GPU": gpus}
-        where = "this machine has" if address == "local" else f"the cluster at {address} has"
-        lacking = [
-            f"resources.{kind.lower()}s: a trial asks for {amount:g}, {where} {has.get(kind, 0):g}"
-            for kind, amount in wanted.items()
-            if amount > has.get(kind, 0)
-        ]
-        if lacking:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = [_side_by_side(machine, cpus, gpus) for machine in machines]
+        if not any(fits):
+            wanted = {"CPU": cpus, "GPU": gpus}
+            where = (
+                "this machine has" if address == "local" else f"no machine of the cluster at {address} has more than"
+            )
+            most = {kind: max(machine.get(kind, 0) for machine in machines) for kind in wanted}
+            lacking = [
+                f"resources.{kind.lower()}s: a trial asks for {amount:g}, {where} {most[kind]:g}"
+                for kind, amount in wanted.items()
+                if amount > most[kind]
+            ] or [
+                f"resources: a trial asks for {cpus:g} cpus and {gpus:g} gpus, which no machine of the cluster has both"
+            ]
             raise Refused("\n".join([*lacking, "Ask for less, or join a cluster that has them with --address."]))
-        yield int(min(has[kind] / amount + 1e-9 for kind, amount in wanted.items() if amount))  # 1 / 0.2 is 5
+        yield [fit for fit in fits if fit]
     finally:
         if address != "local":
             ray.shutdown()
+
+
+def _side_by_side(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many trials fit on a machine. Ray shares a GPU, but cuts no trial in two for what is left of several."""
+    fit = machine.get("CPU", 0) / cpus
+    if gpus:
+        has = machine.get("GPU", 0)
+        fit = min(fit, has / gpus if gpus >= 1 else has * int(1 / gpus + 1e-9))
+    return int(fit + 1e-9)  # 1 / 0.2 is 5
 
 
 def _check_address(address: str) -> None:

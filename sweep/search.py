@@ -28,8 +28,10 @@ class LedgerSearcher(Searcher):
         assign: Callable[[Entry], Any],
         drain: Drain,
         started: Callable[[Entry], None],
+        ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open."""
+        """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open; no
+        trial is handed out while nothing is `ready` to train it."""
         super().__init__(metric="validation_loss", mode="min")
         self._ledger = ledger
         self._trials = trials
@@ -38,6 +40,7 @@ class LedgerSearcher(Searcher):
         self._assign = assign
         self._drain = drain
         self._started = started
+        self._ready = ready
         self._unfinished = [
             entry.number for entry in ledger.entries() if entry.state is TrialState.RUNNING and not settle(entry.number)
         ]
@@ -57,7 +60,7 @@ class LedgerSearcher(Searcher):
 
     def _suggest(self) -> Any:
         self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
-        if len(self._handed_out) >= self._concurrency:
+        if len(self._handed_out) >= self._concurrency or not self._ready():
             return None
         entry = self._next()
         if entry is None:

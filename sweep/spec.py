@@ -146,7 +146,7 @@ class Packing(Section):
 
     slots: Annotated[int, Field(ge=1)]
     """Trials that one process trains together over one 4-bit base, on what `resources` gives to one; 1 gives each trial
-    a process of its own. `packing: auto`, the default, measures which number is fastest."""
+    a process of its own."""
 
 
 class Preemption(Section):
@@ -189,7 +189,7 @@ class SweepSpec(Section):
     resources: Resources = Resources()
     """What a trial gets."""
     packing: Packing | Literal["auto"] = "auto"
-    """Trials that share a device; `auto` measures how many should."""
+    """Trials that share a device: `auto` measures how many should, or a mapping says it."""
     storage: Annotated[str, Field(min_length=1), AfterValidator(_store)] = "sweeps"
     """Where sweep directories are made: a directory, relative to the working directory, or `s3://bucket/prefix`."""
     ledger: Annotated[str, AfterValidator(_url)] | None = None
@@ -216,7 +216,9 @@ def keys(section: type[BaseModel] = SweepSpec, above: str = "") -> dict[str, Fie
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         inner = _section(field)
-        found |= keys(inner, f"{above}{name}.") if inner else {f"{above}{name}": field}
+        if inner is None or isinstance(field.default, str):  # or what may stand in place of the mapping
+            found[f"{above}{name}"] = field
+        found |= keys(inner, f"{above}{name}.") if inner else {}
     return found
 
 

@@ -3,11 +3,13 @@
 import errno
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import threading
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import bitsandbytes.functional
@@ -15,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tests.tiny import make_tiny_llama, make_tiny_opt
 from trainables import base_cache, model
@@ -48,6 +49,37 @@ def kept(tmp_path, monkeypatch):
     """Where bases are kept: empty at first."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "qlora-sweep" / "bases"
+
+
+@pytest.fixture
+def told():
+    """What the cache has to say, unless a base has it."""
+    return []
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the weights that were hashed."""
+    names = []
+    checksum_of = base_cache.checksum_of
+    monkeypatch.setattr(base_cache, "checksum_of", lambda file: names.append(file.name) or checksum_of(file))
+    return names
+
+
+@contextmanager
+def largest_file(size: int):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def match(lines, pattern: str) -> bool:
+    """Whether that is all that is told."""
+    (line,) = lines
+    return "\n" not in line and re.search(pattern, line) is not None
 
 
 @pytest.fixture
@@ -105,6 +137,7 @@ def test_the_second_process_quantises_nothing_and_trains_the_same(models, kept, 
     assert len(quantised) == len(cold.layers)
     warm = load(path, *settings)
     assert len(quantised) == len(cold.layers)
+    assert [*cold.notes, *warm.notes] == []
     assert warm.layers == cold.layers
     assert warm.model.lm_head.weight is warm.model.get_input_embeddings().weight
     before, after = tensors(cold), tensors(warm)
@@ -120,15 +153,15 @@ def test_without_the_cache_nothing_is_different(llama, kept, tmp_path, monkeypat
     warm = load(llama)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="not kept"):
-        never_kept = load(llama)
+    never_kept = load(llama)
+    assert match(never_kept.notes, "not kept")
     for one, other in zip(trained(warm), trained(never_kept), strict=True):
         assert one.equal(other)
 
 
 def test_what_decides_the_tensors_decides_the_name(llama, kept, tmp_path, monkeypatch):
     def name(path=llama, *decides):
-        return base_cache.locate(str(path), *(decides or ("nf4", "bf16", True, "a CPU"))).path
+        return base_cache.locate(str(path), print, *(decides or ("nf4", "bf16", True, "a CPU"))).path
 
     def change(file, at, to):
         content = bytearray(file.read_bytes())
@@ -171,21 +204,55 @@ def test_threads_of_a_cpu_decide_too(llama, kept, quantised, monkeypatch):
     assert len(quantised) == 2 * LAYERS
 
 
-def test_weights_are_hashed_once(llama, kept, tmp_path, monkeypatch):
+def test_weights_are_hashed_once(llama, kept, hashed, told, tmp_path):
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
-    hashed = []
-    checksum_of = base_cache.checksum_of
-    monkeypatch.setattr(base_cache, "checksum_of", lambda file: hashed.append(file.name) or checksum_of(file))
-    first = base_cache.locate(str(copy))
+    first = base_cache.locate(str(copy), told.append)
     assert hashed == ["model.safetensors"]
-    assert base_cache.locate(str(copy)) == first
+    assert base_cache.locate(str(copy), told.append) == first
     assert hashed == ["model.safetensors"]
     os.utime(copy / "model.safetensors")
-    assert base_cache.locate(str(copy)) == first
+    assert base_cache.locate(str(copy), told.append) == first
     assert hashed == ["model.safetensors"] * 2
     for memory in (kept / "checksums").iterdir():
         memory.write_bytes(bytes(64))  # what a power cut leaves
-    assert base_cache.locate(str(copy)) == first
+    assert base_cache.locate(str(copy), told.append) == first
+    assert told == []
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_directory_that_cannot_be_written_to_is_read(llama, kept, quantised, monkeypatch, remembered):
+    load(llama)
+    if not remembered:  # other inodes, as in the image of a container
+        shutil.rmtree(kept / "checksums")
+    for module, name in ((os, "mkdir"), (os, "replace"), (Path, "write_text"), (base_cache, "FileLock")):
+        monkeypatch.setattr(module, name, refuse)
+    assert load(llama).notes == []
+    assert len(quantised) == LAYERS
+
+
+def test_a_full_disk_is_read(llama, kept, told):
+    load(llama)
+    shutil.rmtree(kept / "checksums")
+    with largest_file(0):
+        base = base_cache.locate(llama, told.append, "nf4", "bf16", True, model._kind())
+    assert base.path == the_one(kept)
+    assert told == []
+
+
+@pytest.mark.parametrize("directory", ["cannot be made", "cannot be written to"])
+def test_nothing_is_hashed_for_nothing(llama, kept, hashed, told, monkeypatch, directory):
+    if directory == "cannot be made":
+        monkeypatch.setattr(os, "mkdir", refuse)
+    else:
+        (kept / "checksums").mkdir(parents=True)
+    with largest_file(0):
+        assert base_cache.locate(llama, told.append) is base_cache.locate(llama, told.append) is None
+    assert match(set(told), "not kept for the next start of a process: .*(Read-only file system|File too large)")
+    assert hashed == []
 
 
 def flip_byte(base: Path) -> None:
@@ -224,15 +291,16 @@ def list_manifest(base: Path) -> None:
 def test_a_damaged_base_is_made_anew(llama, kept, quantised, damage, words):
     expected = trained(load(llama))
     damage(the_one(kept))
-    with pytest.warns(UserWarning, match=rf"is damaged \(.*{words}.*\); it is made anew"):
-        again = load(llama)
+    again = load(llama)
+    assert match(again.notes, rf"is damaged \(.*{words}.*\); it is made anew")
     assert len(quantised) == 2 * LAYERS
     load(llama)
     assert len(quantised) == 2 * LAYERS
     assert all(one.equal(other) for one, other in zip(expected, trained(again), strict=True))
 
 
-def test_weights_that_are_missing_are_not_made_up(llama, kept, quantised):
+def test_weights_that_are_missing_are_not_made_up(llama, kept, quantised, monkeypatch):
+    """Nor is such a base written, read and deleted time and again."""
     load(llama)
     base = the_one(kept)
     weights = load_file(base / "model.safetensors")
@@ -240,9 +308,17 @@ def test_weights_that_are_missing_are_not_made_up(llama, kept, quantised):
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     (base / MANIFEST).unlink()
     seal(base, {})
-    with pytest.warns(UserWarning, match=r"damaged \(it lacks model.norm.weight\)"):
-        load(llama)
+    assert match(load(llama).notes, "not kept .*: what was written is not read back: it lacks model.norm.weight")
+    assert "it lacks model.norm.weight" in base.read_text()
     assert len(quantised) == 2 * LAYERS
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", lambda *_, **__: pytest.fail("it would be the same"))
+        again = load(llama)
+    assert match(again.notes, f"not kept .*: {base} says why; delete it to have it tried again")
+    assert base.is_file()
+    base.unlink()
+    assert load(llama).notes == []
+    assert the_one(kept) == base
 
 
 def test_a_base_that_is_deleted_while_it_is_read_is_made_anew(llama, kept, quantised, monkeypatch):
@@ -254,8 +330,7 @@ def test_a_base_that_is_deleted_while_it_is_read_is_made_anew(llama, kept, quant
         shutil.rmtree(directory)
 
     monkeypatch.setattr(base_cache, "check_files", check_then_delete)
-    with pytest.warns(UserWarning, match="made anew"):
-        load(llama)
+    assert match(load(llama).notes, "made anew")
     assert len(quantised) == 2 * LAYERS
 
 
@@ -290,21 +365,21 @@ def test_a_model_on_the_hub_is_known_by_its_commit(llama, kept, tmp_path, monkey
     load("owner/name")
     assert asked == [("owner/name", "abc123"), (str(the_one(kept)), None)]
     assert not (kept / "checksums").exists()
-    before = base_cache.locate("owner/name")
+    before = base_cache.locate("owner/name", print)
     snapshot = snapshot.rename(tmp_path / "snapshots" / "def456")
-    after = base_cache.locate("owner/name")
+    after = base_cache.locate("owner/name", print)
     assert (before.revision, after.revision) == ("abc123", "def456")
     assert before.path != after.path
 
 
-def test_what_cannot_be_found_is_left_to_transformers(kept, tmp_path, monkeypatch):
+def test_what_cannot_be_found_is_left_to_transformers(kept, told, tmp_path, monkeypatch):
     def unreachable(name):
         raise DataError(f"model {name}: the Hub said: no route")
 
     monkeypatch.setattr(base_cache, "check_model", unreachable)
-    with pytest.warns(UserWarning, match="not kept for the next start of a process: model owner/name: the Hub said"):
-        assert base_cache.locate("owner/name") is None
-    with pytest.warns(UserWarning, match="not kept"), pytest.raises(OSError, match="nowhere"):
+    assert base_cache.locate("owner/name", told.append) is None
+    assert match(told, "not kept for the next start of a process: model owner/name: the Hub said")
+    with pytest.raises(OSError, match="nowhere"):
         load(str(tmp_path / "nowhere"))
 
 
@@ -313,55 +388,74 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_a_disk_that_is_nearly_full_is_left_to_checkpoints(llama, kept, quantised, monkeypatch):
     monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
-    with pytest.warns(UserWarning, match=r"not kept for the next start .*it takes 0\.0 GB and 0\.0 GB are free"):
-        trained(load(llama))
+    base = load(llama)
+    assert match(base.notes, r"not kept for the next start .*it takes 0\.0 GB and 0\.0 GB are free")
+    trained(base)
     assert len(quantised) == LAYERS
     assert {path.suffix for path in kept.iterdir()} <= {".lock", ""}
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["checksums"]
 
 
 def test_a_disk_that_is_full_half_way_ends_no_trial(llama, kept):
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.warns(UserWarning, match="not kept for the next start .*File too large"):
-            base = load(llama)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with largest_file(20_000):
+        base = load(llama)
+    assert match(base.notes, "not kept for the next start .*File too large")
     trained(base)
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["checksums"]
 
 
 @pytest.mark.parametrize("seen", ["while saving", "while sealing"])
-def test_no_space_is_told_and_leaves_nothing(kept, monkeypatch, seen):
+def test_no_space_is_told_and_leaves_nothing(kept, told, monkeypatch, seen):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if seen == "while sealing":
         monkeypatch.setattr(base_cache, "seal", full)
-    with pytest.warns(UserWarning, match="No space left on device"):
-        Cached(kept / "base", None).write(1, full if seen == "while saving" else lambda directory: None)
+    Cached(kept / "base", None, told.append).write(1, full if seen == "while saving" else lambda directory: None)
+    assert match(told, "No space left on device")
     assert [path.name for path in kept.iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), SafetensorError("Error while serializing: invalid")])
-def test_another_error_is_not_taken_for_a_full_disk(kept, error):
-    def fail(directory):
+@pytest.mark.parametrize(
+    "error", [ValueError("it is invalid:\n- `top_p`"), NotImplementedError("no"), RuntimeError("shared tensors")]
+)
+def test_a_model_that_cannot_be_saved_is_trained(llama, kept, quantised, monkeypatch, error):
+    def fail(self, directory, **_):
+        (directory / "config.json").touch()
         raise error
 
-    with pytest.raises(type(error), match=str(error)):
-        Cached(kept / "base", None).write(1, fail)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    base = load(llama)
+    assert match(base.notes, f"not kept for the next start .*: {type(error).__name__}: {' '.join(str(error).split())}$")
+    assert [path.name for path in kept.iterdir() if path.is_dir()] == ["checksums"]
+    trained(base)
+
+
+def test_only_saving_is_excused(kept, told, monkeypatch):
+    """What else goes wrong than the machine is a fault of ours."""
+    monkeypatch.setattr(base_cache, "seal", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Cached(kept / "base", None, told.append).write(1, lambda directory: None)
     assert [path.name for path in kept.iterdir() if path.is_dir()] == []
 
 
-def test_a_user_without_home_is_told(monkeypatch, llama):
+def test_the_banner_says_what_loading_told(llama, kept, monkeypatch):
+    monkeypatch.setattr(os, "mkdir", refuse)
+    base = load(llama)
+    adapter = Adapter(QLoRAConfig(r=4), base.layers, torch.device("cpu"), base.model.dtype)
+    lines = model.banner(base, adapter).splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["base", "adapter"]
+    assert match(lines[2:], "the quantised base is not kept .*Read-only file system")
+
+
+def test_a_user_without_home_is_told(monkeypatch, llama, told):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match="Could not determine home directory.; set XDG_CACHE_HOME"):
-        assert base_cache.locate(llama) is None
+    assert base_cache.locate(llama, told.append) is None
+    assert match(told, "Could not determine home directory.; set XDG_CACHE_HOME")
 
 
 def write(text: str, directory: Path) -> None:
@@ -380,7 +474,7 @@ def write_at_once(base: Cached, text: str, barrier: threading.Barrier) -> None:
 
 
 def test_of_two_writers_one_is_enough(kept):
-    base = Cached(kept / "base", None)
+    base = Cached(kept / "base", None, print)
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(2)
     writers = [fork.Process(target=write_at_once, args=(base, text, barrier)) for text in "xy"]
@@ -395,7 +489,7 @@ def test_of_two_writers_one_is_enough(kept):
 
 
 def test_what_a_killed_writer_leaves_is_removed(kept):
-    base = Cached(kept / "base", None)
+    base = Cached(kept / "base", None, print)
     fork = multiprocessing.get_context("fork")
     writer = fork.Process(target=base.write, args=(1, lambda directory: (write("x", directory), time.sleep(60))))
     writer.start()

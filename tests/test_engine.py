@@ -75,8 +75,9 @@ def counted_turns(monkeypatch) -> list[int]:
 
 def test_measures(engine, tiny):
     """With two trials that leave nothing behind."""
-    found = engine.measure(config(batch_size=4), tiny)
+    found = engine.measure(config(batch_size=4), 4, tiny)
     assert found.fixed >= 0
+    assert found.of_trial >= 5 * 4 * 16 * (64 + 64)  # at least as much as the adapter of one layer
     assert found.each > 0
     assert found.room > found.base > 0
     assert model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant).idle

@@ -3,6 +3,8 @@
 A base is a directory in `home()/bases`: what transformers' `save_pretrained` writes, and a manifest of checksums. Its
 name is a hash of all that its tensors follow from, so it may be missing but not out of date. It appears whole or not
 at all; a damaged one is made anew. Processes that start at the same time each quantise, and one of them keeps it.
+No fault of it is one of a trial: what goes wrong is told, and the base is read and quantised as if nothing were kept.
+A directory that cannot be written to is read.
 
 It takes as much of the disk as the base takes of memory, and nothing deletes it: there is one for every model,
 quantisation, data type, kind of device and version of the libraries. Users may, at any time.
@@ -14,23 +16,25 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from trainables.checkpoint import MANIFEST, check_files, checksum_of, disk_errors, seal
+from trainables.checkpoint import MANIFEST, check_files, checksum_of, seal
 from trainables.data import DataError, check_model, is_hub_id
 
 VERSIONS = ("bitsandbytes", "torch", "transformers")
 """Packages that decide what tensors a base consists of."""
 
 T = TypeVar("T")
+Tell = Callable[[str], object]
+"""Gets one line for each thing that the user should know."""
 
 
 def home() -> Path:
@@ -51,9 +55,16 @@ class Cached:
     path: Path
     revision: str | None
     """The commit on the Hub that it is made from; None when the model is a directory."""
+    tell: Tell = field(compare=False)
 
     def read(self, load: Callable[[Path], T]) -> T | None:
-        """What `load` makes of the directory; None when there is none, or a damaged one, which is removed and told."""
+        """What `load` makes of the directory; None when there is none, or a damaged one, which is removed and told.
+
+        Where `load` raises ValueError the files are as they were written, and would be so again: a file that says why
+        takes their place, so that they are neither read nor written another time.
+        """
+        if self.path.is_file():
+            _tell(self.tell, f"{self.path} says why; delete it to have it tried again")
         if not self.path.is_dir():
             return None
         try:
@@ -66,15 +77,21 @@ class Cached:
                 return load(self.path)
             except OSError as error:  # deleted in this moment
                 flaw = str(error)
-        warnings.warn(f"the quantised base {self.path} is damaged ({flaw}); it is made anew", stacklevel=2)
+            except ValueError as error:
+                _tell(self.tell, f"what was written is not read back: {error}")
+                shutil.rmtree(self.path, ignore_errors=True)
+                with suppress(OSError):
+                    self.path.write_text(f"It was written and not read back: {error}\n")
+                return None
+        self.tell(_line(f"the quantised base {self.path} is damaged ({flaw}); it is made anew"))
         shutil.rmtree(self.path, ignore_errors=True)
         return None
 
     def write(self, size: int, save: Callable[[Path], object]) -> None:
         """Keep what `save` writes to the directory that it is given, `size` bytes; nothing while another process does.
 
-        Where the machine refuses, it is told and nothing is kept. That the disk is nearly full counts: checkpoints need
-        it more.
+        Where the machine refuses, or `save` fails, it is told and nothing is kept. That the disk is nearly full counts:
+        checkpoints need it more.
         """
         unfinished = self.path.with_name(f".{self.path.name}")
         try:
@@ -87,8 +104,7 @@ class Cached:
                     raise OSError(errno.ENOSPC, f"it takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
                 try:
                     unfinished.mkdir()
-                    with disk_errors(unfinished):
-                        save(unfinished)
+                    _attempt(save, unfinished)
                     seal(unfinished, {})
                     unfinished.rename(self.path)
                 finally:
@@ -96,10 +112,10 @@ class Cached:
         except Timeout:
             pass
         except OSError as error:
-            _tell(error)
+            _tell(self.tell, error)
 
 
-def locate(model: str, *decides: object) -> Cached | None:
+def locate(model: str, tell: Tell, *decides: object) -> Cached | None:
     """Where the base of `model` is kept; `decides` is what it follows from, besides files and versions.
 
     None when nothing is to be kept, because `model` is stored quantised; or when nothing can be, which is told.
@@ -110,14 +126,20 @@ def locate(model: str, *decides: object) -> Cached | None:
         if '"quantization_config"' in config:
             return None
         revision = directory.name if is_hub_id(model) else None
+        bases = home() / "bases"
+        bases.mkdir(parents=True, exist_ok=True)
+        if not any(path.is_dir() for path in bases.glob("?" * 64)):  # else weights would be hashed for nothing
+            probe = bases / ".probe"  # whose name is the same in each process, as is then what they tell
+            probe.write_bytes(b"may be written")
+            probe.unlink(missing_ok=True)
         with ThreadPoolExecutor() as pool:
             files = [] if revision else sorted(directory.glob("*.safetensors*"))
             weights = [(file.name, checksum) for file, checksum in zip(files, pool.map(_known, files), strict=True)]
         versions = [version(package) for package in VERSIONS]
         key = json.dumps([config, revision, weights, versions, *decides])
-        return Cached(home() / "bases" / hashlib.sha256(key.encode()).hexdigest(), revision)
+        return Cached(bases / hashlib.sha256(key.encode()).hexdigest(), revision, tell)
     except (OSError, DataError) as error:
-        _tell(error)
+        _tell(tell, error)
         return None
 
 
@@ -126,15 +148,29 @@ def _known(file: Path) -> str:
     stat = file.stat()
     untouched = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     memory = home() / "bases" / "checksums" / hashlib.sha256(json.dumps(untouched).encode()).hexdigest()
-    if memory.exists() and re.fullmatch("[0-9a-f]{64}", found := memory.read_text(errors="replace")):
-        return found
+    with suppress(OSError):
+        if re.fullmatch("[0-9a-f]{64}", found := memory.read_text(errors="replace")):
+            return found
     found = checksum_of(file)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = memory.with_name(f".{memory.name}.{os.getpid()}")
-    unfinished.write_text(found)
-    unfinished.replace(memory)
+    with suppress(OSError):  # the next process takes it again
+        memory.parent.mkdir(exist_ok=True)
+        unfinished = memory.with_name(f".{memory.name}.{os.getpid()}")
+        unfinished.write_text(found)
+        unfinished.replace(memory)
     return found
 
 
-def _tell(error: Exception) -> None:
-    warnings.warn(f"the quantised base is not kept for the next start of a process: {error}", stacklevel=3)
+def _attempt(save: Callable[[Path], object], directory: Path) -> None:
+    """Raises OSError for whatever `save` raises: a model's own code runs in it, and the base is there without it."""
+    try:
+        save(directory)
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _tell(tell: Tell, why: object) -> None:
+    tell(_line(f"the quantised base is not kept for the next start of a process: {why}"))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

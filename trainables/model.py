@@ -73,7 +73,8 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
     if in_fp32:
         multiply_bf16_in_fp32()
     dtype = DTYPES[compute_dtype]
-    cached = base_cache.locate(model, quant_type, compute_dtype, double_quant, _kind())
+    notes: list[str] = []
+    cached = base_cache.locate(model, notes.append, quant_type, compute_dtype, double_quant, _kind())
     loaded = None if cached is None else cached.read(_read)
     if loaded is None:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -101,17 +102,17 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
     loaded.requires_grad_(False).train(False)
-    return Base(loaded, torch.float32 if in_fp32 else dtype)
+    return Base(loaded, torch.float32 if in_fp32 else dtype, notes)
 
 
 def _read(directory: Path) -> PreTrainedModel:
-    """A base as it was quantised. Raises OSError when it is not whole."""
+    """A base as it was quantised. Raises ValueError when the files do not hold all of it."""
     found: Any = AutoModelForCausalLM.from_pretrained(
         directory, device_map={"": device()}, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     loaded, about = found
     if about["missing_keys"]:
-        raise OSError(f"it lacks {', '.join(sorted(about['missing_keys']))}")
+        raise ValueError(f"it lacks {', '.join(sorted(about['missing_keys']))}")
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
@@ -229,11 +230,13 @@ def footprint(base: Base) -> tuple[int, int, int]:
 
 
 def banner(base: Base, adapter: Adapter) -> str:
-    """Two lines on what is trained: the base's size in 4, 16 and 32 bits, and that of the adapter."""
+    """Lines on what is trained: the base's size in 4, 16 and 32 bits, that of the adapter, and the base's notes."""
     in_4, in_16, in_32 = footprint(base)
-    return (
+    lines = (
         f"base {in_32 / 4e6:.1f} M parameters: {in_4 / 1e6:.1f} MB in 4 bits "
-        f"({in_16 / 1e6:.1f} MB in 16, {in_32 / 1e6:.1f} MB in 32)\n"
+        f"({in_16 / 1e6:.1f} MB in 16, {in_32 / 1e6:.1f} MB in 32)",
         f"adapter r={adapter.config.r} on {len(adapter.layers)} layers: {len(adapter.weights) / 1e6:.1f} M parameters, "
-        f"{adapter.weights.nbytes / 1e6:.1f} MB"
+        f"{adapter.weights.nbytes / 1e6:.1f} MB",
+        *base.notes,
     )
+    return "\n".join(lines)

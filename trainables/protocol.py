@@ -175,7 +175,7 @@ class Trial(Protocol):
 
     @property
     def banner(self) -> str:
-        """One line on what is trained: footprint of the base, parameters of the adapter."""
+        """Lines on what is trained: footprint of the base, parameters of the adapter, what loading them had to tell."""
 
     def advance(self, seconds: float) -> Slice:
         """Train whole optimiser steps for about `seconds`, at least one, or to the end of the next evaluation.

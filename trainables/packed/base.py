@@ -42,10 +42,14 @@ def labels_of(row: Row) -> int:
 class Base:
     """A frozen quantised model and the adapters that it serves."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        """Replaces the quantised layers of `model`; `dtype` is that in which they multiply."""
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, notes: Sequence[str] = ()) -> None:
+        """Replaces the quantised layers of `model`; `dtype` is that in which they multiply.
+
+        `notes` are what the user should know of how it was loaded, a line each.
+        """
         self.model = model
         self.dtype = dtype
+        self.notes = notes
         self.plan = Plan(torch.zeros((), device=model.device, requires_grad=True))
         self.layers = pack(model, self.plan, dtype)
         self._stacks: dict[tuple[object, ...], Stack] = {}

@@ -66,9 +66,9 @@ class Engine:
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
-    def measure(self, config: QLoRAConfig, job: Job) -> Measured:
+    def measure(self, config: QLoRAConfig, rows: int, job: Job) -> Measured:
         """See `measure.measure`; before any trial."""
-        return self._called(lambda: measure(config, job))
+        return self._called(lambda: measure(config, rows, job))
 
     def start(self, key: str, number: int, config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Started:
         """See `qlora_sft.start`. The trial is called `key` from now on; an earlier attempt at `number` ends.

@@ -14,7 +14,7 @@ from trainables import model
 from trainables.config import QLoRAConfig
 from trainables.packed.slots import Measured
 from trainables.protocol import Job
-from trainables.qlora_sft import QLoRATrial, try_out
+from trainables.qlora_sft import QLoRATrial, start, try_out
 
 SECONDS = 2.0
 """How long steps of one number of trials are timed; at least one is."""
@@ -22,31 +22,39 @@ ROOM = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that trials may use: that of a CPU is not theirs alone."""
 
 
-def measure(config: QLoRAConfig, job: Job) -> Measured:
-    """Time steps of one and of two trials of this configuration on rows of median length, and see what memory they need
-    with the longest rows.
+def measure(config: QLoRAConfig, rows: int, job: Job) -> Measured:
+    """Time steps of one and of two trials on so many rows of median length, and see what memory a second trial of this
+    configuration takes with the longest rows.
 
     Raises what `qlora_sft.start` raises, and `OutOfMemory` when two do not fit.
     """
     on = model.device()
-    trials = [QLoRATrial(config.model_copy(update={"seed": seed}), job, None) for seed in (0, 1)]
+    trials = [_start(config, 0, job)]
     try:
         by_length = np.argsort(np.diff(trials[0].train.offsets), kind="stable")
-        rows = min(config.micro_batch(job.halvings), len(by_length))
-        median = by_length[(len(by_length) - rows) // 2 :][:rows]
-        alone, together = _seconds(trials[:1], median), _seconds(trials, median)
-        of_one, of_two = _peak(trials[:1], by_length[-rows:], on), _peak(trials, by_length[-rows:], on)
+        median = by_length[max(0, len(by_length) - rows) // 2 :][:rows]
+        longest = by_length[-config.micro_batch(job.halvings) :]
+        alone, of_one = _seconds(trials, median), _peak(trials, longest, on)
+        trials.append(_start(config, 1, job))
+        of_two, together = _peak(trials, longest, on), _seconds(trials, median)
         each = max(together - alone, alone / 1000)  # what is lost in the noise is not for free
         return Measured(
             fixed=max(0.0, alone - each),
             each=each,
             room=int(ROOM[on.type] * _free(on)),
             base=model.footprint(trials[0].base)[0],
-            of_trial=max(0, of_two - of_one),
+            # of weights, gradient, two moments and a copy of the weights a CPU may not have given back all before
+            of_trial=max(of_two - of_one, 5 * trials[0].adapter.weights.nbytes),
         )
     finally:
         for trial in trials:
             trial.close()
+
+
+def _start(config: QLoRAConfig, seed: int, job: Job) -> QLoRATrial:
+    trial = start(config.model_copy(update={"seed": seed}), job, None)
+    assert isinstance(trial, QLoRATrial)
+    return trial
 
 
 def _seconds(trials: Sequence[QLoRATrial], rows: NDArray[np.int64]) -> float:

@@ -1,0 +1,79 @@
+"""Which engine gets a trial. What Ray knows of engines and nodes is made up here; tests/faults has it for real."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from sweep import engine
+from sweep.engine import Engines
+
+
+class World:
+    """Engines a, b, … on nodes of these names."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forgotten: list[tuple[str, int]] = []
+        self.starting: set[str] = set()
+        self.gone: set[str] = set()
+        self.draining: set[str] = set()
+        self.names = "abc"[:count]
+        monkeypatch.setattr(ray._private.state, "actors", self.known)
+        monkeypatch.setattr(engine, "node_is_gone", lambda node: node in self.gone)
+        monkeypatch.setattr(engine, "LOOK_SECONDS", 0.0)
+        self.engines = Engines(map(self.handle, self.names), 2, lambda: self.draining)
+
+    def known(self, name: str) -> dict[str, object]:
+        return {} if name in self.starting else {"State": "ALIVE", "Address": {"NodeID": name}}
+
+    def handle(self, name: str) -> SimpleNamespace:
+        forget = SimpleNamespace(remote=lambda method, number: self.forgotten.append((name, number)))
+        return SimpleNamespace(name=name, _actor_id=SimpleNamespace(hex=lambda: name), call=forget)
+
+    def choose(self, number: int, running: list[int]) -> str:
+        return self.engines.choose(number, running).name
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return World(2, monkeypatch)
+
+
+def test_the_one_with_the_fewest(world):
+    assert [world.choose(n, list(range(n + 1))) for n in range(4)] == ["a", "b", "a", "b"]
+    assert world.choose(4, [1, 2, 3, 4]) == "a"  # where trial 0 has ended
+    assert world.forgotten == [("a", 0)]
+
+
+def test_a_trial_that_comes_back_is_forgotten_where_it_was(world):
+    assert world.choose(0, [0]) == "a"
+    world.gone = {"a"}
+    assert world.choose(0, [0]) == "b"
+    assert world.forgotten == [("a", 0)]
+    assert world.choose(0, [0]) == "b"
+    assert world.forgotten == [("a", 0)]  # there it is to be started anew, which ends the attempt before
+
+
+@pytest.mark.parametrize("trouble", ["gone", "draining"])
+def test_machines_that_go_get_none(world, trouble):
+    assert world.engines.ready()
+    setattr(world, trouble, {"a"})
+    assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["b", "b", "b"]
+    assert world.engines.ready()
+    setattr(world, trouble, {"a", "b"})
+    assert not world.engines.ready()
+    setattr(world, trouble, {"b"})
+    assert world.engines.ready()
+
+
+def test_one_that_never_ran_is_the_last_choice(world):
+    """The cluster may have no room for it."""
+    world.starting = {"a"}
+    assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["b", "b", "a"]
+    assert world.engines.ready()
+
+
+def test_one_that_starts_again_is_waited_for(world):
+    assert [world.choose(n, [0, 1]) for n in range(2)] == ["a", "b"]
+    world.starting = {"a"}
+    assert world.choose(2, [1, 2]) == "a"

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +166,7 @@ class LedgerScheduler(FIFOScheduler):
         self._watch = watch
         self._breakdowns = 0  # since a trial last got on
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
+        self._engine_deaths: Counter[tuple[int, int]] = Counter()  # by trial and its newest evaluation, in this run
         self._engine_ended = -math.inf  # time.monotonic() when the loss of an engine was last counted
         self._leaving: dict[int, str] = {}  # trials whose process was asked to end, and why
 
@@ -193,7 +194,7 @@ class LedgerScheduler(FIFOScheduler):
         slice_: Slice = result["slice"]
         if result["failure"] is not None:
             self._ledger.spend(number, result["cost"])
-            again = self._failed(number, result["failure"])
+            again = self._failed(number, result["failure"], result["nodes"])
             if again is None or self._drain():
                 return TrialScheduler.STOP
             return self._send_away(number, actor, again, save=False)
@@ -300,8 +301,8 @@ class LedgerScheduler(FIFOScheduler):
             self._hand_out_again(number, f"was killed: {reason}")
         self._broke_down(number, reason)
 
-    def _failed(self, number: int, failure: Failure) -> str | None:
-        """An exception: says why the trial is to be handed out again, None when it is not.
+    def _failed(self, number: int, failure: Failure, nodes: Collection[str] = ()) -> str | None:
+        """An exception: says why the trial, which needs these nodes, is to be handed out again, None when it is not.
 
         A full disk ends the sweep, what else the machine is to blame for is tried again.
         """
@@ -310,15 +311,24 @@ class LedgerScheduler(FIFOScheduler):
             self._drain.request("breakdown", why)
             return None
         if failure.engine:
-            self._engine_lost(number, failure.reason)
+            self._engine_lost(number, failure.reason, nodes)
             return "lost its engine"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
 
-    def _engine_lost(self, number: int, reason: str) -> None:
-        """All trials of an engine tell of its end; it counts once."""
+    def _engine_lost(self, number: int, reason: str, nodes: Collection[str]) -> None:
+        """All trials of an engine tell of its end; it counts once.
+
+        Twice at the same place is taken for the machine's memory, as with a process, but none of the trials is blamed.
+        """
+        if not any(map(node_is_gone, nodes)):
+            entry = self._ledger.entry(number)
+            self._engine_deaths[number, entry.reported] += 1
+            times = self._engine_deaths[number, entry.reported]
+            if times % 2 == 0 and may_halve(entry.config, entry.halvings):
+                self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
         self._accidents[number] += 1
         now = time.monotonic()
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:

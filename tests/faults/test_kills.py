@@ -80,7 +80,7 @@ def test_orphans_end_by_themselves_and_write_nothing(space):
     """
     process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
-    assert nodes.trial_processes(processes(process))
+    sweeps.wait_until(lambda: len(nodes.trial_processes(processes(process))) > 0, process, seconds=20)
     orphans = [child for child in processes(process) if not child.name().endswith("Agent")]
     process.kill()
     process.wait()

@@ -186,3 +186,16 @@ def test_how_many_share_is_measured_once(space):
     assert "Measuring" not in again.stdout
     assert "Packing: 3 trials share a device, 2.5 times as fast as one after the other" in again.stdout
     assert [entry.state for entry in sweeps.entries(space, "tiny")] == [TrialState.COMPLETE] * 12
+
+
+def test_told_to_end_while_measuring(space):
+    process = sweeps.start(space, "--set", "packing=auto", "--set", "search.trials=12")
+    assert process.stdout is not None
+    assert any("Measuring" in line for line in process.stdout)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert time.monotonic() - began < 10
+    assert "Preempted by SIGTERM: 0 of 12 trials are done." in output
+    assert not sweeps.entries(space, "tiny")

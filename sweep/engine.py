@@ -23,7 +23,7 @@ from trainables.protocol import Evaluation, Forgotten, Job, Slice, Started
 CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
-"""How long an engine may take to come back."""
+"""How long an engine may take to come back; where no machine has room for it, it never does."""
 CALLER_BYTES = 250_000_000
 """About what the process of a packed trial holds."""
 REACH_SECONDS = 1.0
@@ -63,9 +63,9 @@ class Engines:
         self._gone: dict[str, tuple[float, bool]] = {}  # by node: time.monotonic() of the answer, and the answer
         self._places: dict[int, int] = {}  # of trials
 
-    def ready(self) -> bool:
-        """Whether a trial can be given to one: not while all of their machines are gone, or going."""
-        return any(not self._lost(i) for i in range(len(self._engines)))
+    def ready(self, running: int) -> bool:
+        """Whether one has room for another trial than those that run: not one whose machine is gone, or going."""
+        return running < self._slots * sum(not self._lost(i) for i in range(len(self._engines)))
 
     def choose(self, number: int, running: Sequence[int]) -> Any:
         """The engine with the fewest of the running trials, on a machine that stays; each forgets the trials that it
@@ -87,11 +87,11 @@ class Engines:
 
     def _lost(self, i: int) -> bool:
         """Whether its machine is gone, or going; one that is being started, again perhaps, is not lost."""
-        known = ray._private.state.actors(self._engines[i]._actor_id.hex())
-        if known.get("State") == "ALIVE":
-            self._nodes[i] = known["Address"]["NodeID"]
-        node = self._nodes.get(i)
-        return node is not None and (node in self._draining() or self._is_gone(node))
+        state, node = _state(self._engines[i])
+        if state == "ALIVE" or self._is_gone(node):
+            self._nodes[i] = node
+        last = self._nodes.get(i)
+        return last is not None and (last in self._draining() or self._is_gone(last))
 
     def _is_gone(self, node: str) -> bool:
         now = time.monotonic()
@@ -100,6 +100,13 @@ class Engines:
             gone = node_is_gone(node)
             self._gone[node] = time.monotonic(), gone
         return gone
+
+
+def _state(engine: Any) -> tuple[str, str]:
+    """Of an engine: what Ray says of it (`ALIVE`, `RESTARTING`, …), and the node on which it runs or is being started;
+    while none has room for it, that of the driver."""
+    known = ray._private.state.actors(engine._actor_id.hex())
+    return known["State"], known["Address"]["NodeID"]
 
 
 def node_is_gone(node_id: str) -> bool:
@@ -141,11 +148,11 @@ class PackedTrial:
         began = time.monotonic()
         while True:
             try:
-                started: Started = self._call("start", number, config, job, checkpoint)
-                self.node: str = self._answer(engine.node.remote())
+                started: Started = self._call("start", number, config, job, checkpoint, patience=START_SECONDS)
+                self.node: str = self._answer(engine.node.remote(), 0.0)
                 break
-            except EngineLost:  # another one is being started
-                if time.monotonic() - began > START_SECONDS:
+            except EngineLost:  # another one is being started, where there is room for it
+                if time.monotonic() - began > START_SECONDS or self._machine_is_gone():
                     raise
                 time.sleep(1)
         self.total_steps = started.total_steps
@@ -174,10 +181,24 @@ class PackedTrial:
             self.evaluations += (slice_.evaluation,)
         return slice_
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._answer(self._engine.call.remote(method, self._key, *arguments))
+    def _call(self, method: str, *arguments: Any, patience: float = 0.0) -> Any:
+        """See `_answer`."""
+        return self._answer(self._engine.call.remote(method, self._key, *arguments), patience)
 
-    def _answer(self, asked: Any) -> Any:
+    def _answer(self, asked: Any, patience: float) -> Any:
+        """What comes of a call; an engine that is being started again may take `patience` seconds for it.
+
+        Ray itself holds a call back until the engine is there again, be it for ever, and a process that waits for one
+        cannot end.
+        """
+        lived = time.monotonic()
+        while not ray.wait([asked], timeout=LOOK_SECONDS)[0]:
+            now = time.monotonic()
+            if _state(self._engine)[0] != "RESTARTING":
+                lived = now
+            if self._machine_is_gone() or now - lived > patience:
+                ray.cancel(asked)
+                raise EngineLost("the engine is gone, or its machine")
         try:
             return ray.get(asked)
         except RayTaskError as error:
@@ -186,3 +207,6 @@ class PackedTrial:
             raise error.cause from error
         except RayActorError as error:
             raise EngineLost(str(error).splitlines()[0]) from None
+
+    def _machine_is_gone(self) -> bool:
+        return node_is_gone(_state(self._engine)[1])

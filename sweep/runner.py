@@ -217,7 +217,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 assign=assign,
                 drain=drain,
                 started=started,
-                ready=engines.ready if engines else lambda: True,
+                ready=engines.ready if engines else lambda running: True,
             )
             scheduler = LedgerScheduler(
                 ledger,

@@ -28,10 +28,10 @@ class LedgerSearcher(Searcher):
         assign: Callable[[Entry], Any],
         drain: Drain,
         started: Callable[[Entry], None],
-        ready: Callable[[], bool] = lambda: True,
+        ready: Callable[[int], bool] = lambda running: True,
     ) -> None:
-        """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open; no
-        trial is handed out while nothing is `ready` to train it."""
+        """`assign` turns an entry into what its process gets; `settle` decides what an earlier driver left open; beside
+        so many others a trial is handed out only when something is `ready` to train it."""
         super().__init__(metric="validation_loss", mode="min")
         self._ledger = ledger
         self._trials = trials
@@ -60,7 +60,7 @@ class LedgerSearcher(Searcher):
 
     def _suggest(self) -> Any:
         self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
-        if len(self._handed_out) >= self._concurrency or not self._ready():
+        if len(self._handed_out) >= self._concurrency or not self._ready(len(self._handed_out)):
             return None
         entry = self._next()
         if entry is None:

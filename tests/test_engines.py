@@ -14,7 +14,7 @@ class World:
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forgotten: list[tuple[str, int]] = []
-        self.starting: set[str] = set()
+        self.starting: dict[str, str] = {}  # and where, as Ray has it
         self.gone: set[str] = set()
         self.draining: set[str] = set()
         self.names = "abc"[:count]
@@ -24,7 +24,10 @@ class World:
         self.engines = Engines(map(self.handle, self.names), 2, lambda: self.draining)
 
     def known(self, name: str) -> dict[str, object]:
-        return {} if name in self.starting else {"State": "ALIVE", "Address": {"NodeID": name}}
+        return {
+            "State": "PENDING_CREATION" if name in self.starting else "ALIVE",
+            "Address": {"NodeID": self.starting.get(name, name)},
+        }
 
     def handle(self, name: str) -> SimpleNamespace:
         forget = SimpleNamespace(remote=lambda method, number: self.forgotten.append((name, number)))
@@ -56,24 +59,31 @@ def test_a_trial_that_comes_back_is_forgotten_where_it_was(world):
 
 @pytest.mark.parametrize("trouble", ["gone", "draining"])
 def test_machines_that_go_get_none(world, trouble):
-    assert world.engines.ready()
+    assert [world.engines.ready(running) for running in (0, 3, 4)] == [True, True, False]
     setattr(world, trouble, {"a"})
-    assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["b", "b", "b"]
-    assert world.engines.ready()
+    assert [world.choose(n, list(range(n + 1))) for n in range(2)] == ["b", "b"]
+    assert [world.engines.ready(running) for running in (0, 1, 2)] == [True, True, False]
     setattr(world, trouble, {"a", "b"})
-    assert not world.engines.ready()
+    assert not world.engines.ready(0)
     setattr(world, trouble, {"b"})
-    assert world.engines.ready()
+    assert world.engines.ready(0)
 
 
 def test_one_that_never_ran_is_the_last_choice(world):
     """The cluster may have no room for it."""
-    world.starting = {"a"}
+    world.starting = {"a": "driver"}
     assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["b", "b", "a"]
-    assert world.engines.ready()
+    assert world.engines.ready(3)
+
+
+def test_one_whose_machine_went_while_it_started(world):
+    world.starting, world.gone = {"a": "a"}, {"a"}
+    assert not world.engines.ready(2)
+    world.starting = {"a": "driver"}  # there is nowhere to start it again
+    assert not world.engines.ready(2)
 
 
 def test_one_that_starts_again_is_waited_for(world):
     assert [world.choose(n, [0, 1]) for n in range(2)] == ["a", "b"]
-    world.starting = {"a"}
+    world.starting = {"a": "driver"}
     assert world.choose(2, [1, 2]) == "a"

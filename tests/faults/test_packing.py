@@ -66,8 +66,8 @@ def attempts(space: Path) -> set[str]:
     return {(rows.parent / "attempt.txt").read_text() for rows in trials.glob("*/rows.jsonl")}
 
 
-def processes(process, word: str) -> list[psutil.Process]:
-    return [p for p in children(process) if word in p.name()]
+def engines(process) -> list[psutil.Process]:
+    return [p for p in children(process) if "EngineProcess" in p.name()]
 
 
 def children(process) -> list[psutil.Process]:
@@ -99,7 +99,7 @@ def test_told_to_end_and_then_killed(space, serial):
 
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 7, process)
-    orphans = processes(process, "EngineProcess")
+    orphans = engines(process)
     process.kill()
     process.wait()
     assert not psutil.wait_procs(orphans, timeout=30)[1]
@@ -117,7 +117,7 @@ def test_processes_are_killed(space, serial):
     process = sweeps.start(space, "--set", "packing.slots=4")
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
     before = attempts(space)
-    processes(process, "EngineProcess")[0].kill()
+    engines(process)[0].kill()
     sweeps.wait_until(lambda: len(attempts(space)) == 4 and not attempts(space) & before, process)
     nodes.trial_processes(children(process))[0].kill()
     output, _ = process.communicate(timeout=200)
@@ -135,7 +135,7 @@ def test_the_end_of_an_engine_counts_once(space):
     try:
         sweeps.wait_until(lambda: len(attempts(space)) == 6, process)
         before = attempts(space)
-        (first,) = processes(process, "EngineProcess")
+        (first,) = engines(process)
         first.kill()
         sweeps.wait_until(lambda: not attempts(space) & before, process)
         process.send_signal(signal.SIGTERM)
@@ -146,18 +146,20 @@ def test_the_end_of_an_engine_counts_once(space):
     assert output.count("lost its engine") == 6, output
 
 
-def test_a_machine_of_two_is_lost(space, serial):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("while_it_starts", [True, False])
+def test_a_machine_of_two_is_lost(space, serial, while_it_starts):
     """Each has an engine; the trials of the one that is killed go on in the other."""
     with nodes.cluster() as cluster:
-        first, _ = cluster.start(cpus=1), cluster.start(cpus=1)
+        first, second = cluster.start(cpus=1), cluster.start(cpus=1)
         process = sweeps.start(space, "--set", "packing.slots=2", "--address", cluster.address)
-        sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
-        engines = [p for node in cluster.started for p in node.children(recursive=True) if "EngineProcess" in p.name()]
-        assert len(engines) == 2
+        sweeps.wait_until(lambda: engines(first) and engines(second), process)
+        if not while_it_starts:
+            sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
         nodes.kill(first)
         output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
-    assert "lost its" in output
+    assert while_it_starts or "lost its" in output
     assert_same_outcome(space, serial)
     assert not any(entry.deaths for entry in sweeps.entries(space, "tiny"))
 

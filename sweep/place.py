@@ -18,7 +18,7 @@ from filelock import FileLock
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from sweep.paths import SweepPaths
-from trainables.base_cache import home
+from trainables.cache import home
 from trainables.checkpoint import MANIFEST
 from trainables.data import SUMMARY
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tests.tiny import make_tiny_llama, make_tiny_opt
-from trainables import base_cache, model
-from trainables.base_cache import Cached
+from trainables import base_cache, cache, model
+from trainables.cache import Cached
 from trainables.checkpoint import MANIFEST, seal
 from trainables.config import QLoRAConfig
 from trainables.data import DataError
@@ -228,7 +228,7 @@ def test_a_directory_that_cannot_be_written_to_is_read(llama, kept, quantised, m
     load(llama)
     if not remembered:  # other inodes, as in the image of a container
         shutil.rmtree(kept / "checksums")
-    for module, name in ((os, "mkdir"), (os, "replace"), (Path, "write_text"), (base_cache, "FileLock")):
+    for module, name in ((os, "mkdir"), (os, "replace"), (Path, "write_text"), (cache, "FileLock")):
         monkeypatch.setattr(module, name, refuse)
     assert load(llama).notes == []
     assert len(quantised) == LAYERS
@@ -251,7 +251,7 @@ def test_nothing_is_hashed_for_nothing(llama, kept, hashed, told, monkeypatch, d
         (kept / "checksums").mkdir(parents=True)
     with largest_file(0):
         assert base_cache.locate(llama, told.append) is base_cache.locate(llama, told.append) is None
-    assert match(set(told), "not kept for the next start of a process: .*(Read-only file system|File too large)")
+    assert match(set(told), "not kept for the next time: .*(Read-only file system|File too large)")
     assert hashed == []
 
 
@@ -323,13 +323,13 @@ def test_weights_that_are_missing_are_not_made_up(llama, kept, quantised, monkey
 
 def test_a_base_that_is_deleted_while_it_is_read_is_made_anew(llama, kept, quantised, monkeypatch):
     load(llama)
-    check_files = base_cache.check_files
+    check_files = cache.check_files
 
     def check_then_delete(directory, files):
         check_files(directory, files)
         shutil.rmtree(directory)
 
-    monkeypatch.setattr(base_cache, "check_files", check_then_delete)
+    monkeypatch.setattr(cache, "check_files", check_then_delete)
     assert match(load(llama).notes, "made anew")
     assert len(quantised) == 2 * LAYERS
 
@@ -378,7 +378,7 @@ def test_what_cannot_be_found_is_left_to_transformers(kept, told, tmp_path, monk
 
     monkeypatch.setattr(base_cache, "check_model", unreachable)
     assert base_cache.locate("owner/name", told.append) is None
-    assert match(told, "not kept for the next start of a process: model owner/name: the Hub said")
+    assert match(told, "not kept for the next time: model owner/name: the Hub said")
     with pytest.raises(OSError, match="nowhere"):
         load(str(tmp_path / "nowhere"))
 
@@ -387,9 +387,9 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_disk_that_is_nearly_full_is_left_to_checkpoints(llama, kept, quantised, monkeypatch):
-    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
     base = load(llama)
-    assert match(base.notes, r"not kept for the next start .*it takes 0\.0 GB and 0\.0 GB are free")
+    assert match(base.notes, r"not kept for the next time: .*it takes 0\.0 GB and 0\.0 GB are free")
     trained(base)
     assert len(quantised) == LAYERS
     assert {path.suffix for path in kept.iterdir()} <= {".lock", ""}
@@ -399,7 +399,7 @@ def test_a_disk_that_is_nearly_full_is_left_to_checkpoints(llama, kept, quantise
 def test_a_disk_that_is_full_half_way_ends_no_trial(llama, kept):
     with largest_file(20_000):
         base = load(llama)
-    assert match(base.notes, "not kept for the next start .*File too large")
+    assert match(base.notes, "not kept for the next time: .*File too large")
     trained(base)
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["checksums"]
 
@@ -410,8 +410,9 @@ def test_no_space_is_told_and_leaves_nothing(kept, told, monkeypatch, seen):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if seen == "while sealing":
-        monkeypatch.setattr(base_cache, "seal", full)
-    Cached(kept / "base", None, told.append).write(1, full if seen == "while saving" else lambda directory: None)
+        monkeypatch.setattr(cache, "seal", full)
+    save = full if seen == "while saving" else lambda directory: None
+    Cached(kept / "base", "the quantised base", told.append).write(1, save)
     assert match(told, "No space left on device")
     assert [path.name for path in kept.iterdir() if path.is_dir()] == []
 
@@ -426,16 +427,16 @@ def test_a_model_that_cannot_be_saved_is_trained(llama, kept, quantised, monkeyp
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     base = load(llama)
-    assert match(base.notes, f"not kept for the next start .*: {type(error).__name__}: {' '.join(str(error).split())}$")
+    assert match(base.notes, f"not kept for the next time: {type(error).__name__}: {' '.join(str(error).split())}$")
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["checksums"]
     trained(base)
 
 
 def test_only_saving_is_excused(kept, told, monkeypatch):
     """What else goes wrong than the machine is a fault of ours."""
-    monkeypatch.setattr(base_cache, "seal", lambda *_: 1 / 0)
+    monkeypatch.setattr(cache, "seal", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Cached(kept / "base", None, told.append).write(1, lambda directory: None)
+        Cached(kept / "base", "the quantised base", told.append).write(1, lambda directory: None)
     assert [path.name for path in kept.iterdir() if path.is_dir()] == []
 
 
@@ -474,7 +475,7 @@ def write_at_once(base: Cached, text: str, barrier: threading.Barrier) -> None:
 
 
 def test_of_two_writers_one_is_enough(kept):
-    base = Cached(kept / "base", None, print)
+    base = Cached(kept / "base", "the quantised base", print)
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(2)
     writers = [fork.Process(target=write_at_once, args=(base, text, barrier)) for text in "xy"]
@@ -489,7 +490,7 @@ def test_of_two_writers_one_is_enough(kept):
 
 
 def test_what_a_killed_writer_leaves_is_removed(kept):
-    base = Cached(kept / "base", None, print)
+    base = Cached(kept / "base", "the quantised base", print)
     fork = multiprocessing.get_context("fork")
     writer = fork.Process(target=base.write, args=(1, lambda directory: (write("x", directory), time.sleep(60))))
     writer.start()

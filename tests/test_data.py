@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import data as module
 from trainables.config import DataConfig
-from trainables.data import DataError, Rows, check_model, content_hashes, load, model_hash, prepare
+from trainables.data import DataError, Prepared, Rows, check_model, content_hashes, load, model_hash, prepare
 
 TEXT = [{"text": f"the dog counts to {n} and then sleeps"} for n in range(12)]
 PAIRS = [{"prompt": f"How many letters stand here? {'x' * n} =", "completion": f" {n} letters"} for n in range(12)]
@@ -179,6 +180,32 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, "seconds in process
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert again.splitlines() == [repr(first), "[]", "0.0 seconds in processes of its own"]
     assert {file: file.stat().st_mtime_ns for file in first.path.rglob("*")} == before
+
+
+def test_another_sweep_has_the_same_rows(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = DataConfig(train=write(tmp_path / "train.jsonl", PAIRS), validation=0.3)
+    first = prepare(data, llama, tmp_path / "first")
+
+    def content(prepared: Prepared) -> dict[Path, bytes]:
+        files = prepared.path.rglob("*.*")
+        return {file.relative_to(prepared.path): file.read_bytes() for file in files}
+
+    tokenised: list[Path] = []
+    write_rows = module._write
+    monkeypatch.setattr(module, "_write", lambda *given: tokenised.append(given[-1]) or write_rows(*given))
+    second = prepare(data, llama, tmp_path / "second")
+    assert content(second) == content(first)
+    assert replace(second, path=first.path) == first
+    assert tokenised == []
+
+    kept = tmp_path / "cache/qlora-sweep/tokens" / first.path.name / "train/input_ids.npy"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\xff")
+    third = prepare(data, llama, tmp_path / "third")
+    assert content(third) == content(first)
+    assert third.notes[-1].endswith("is damaged (train/input_ids.npy was altered); it is made anew")
+    assert len(tokenised) == 1
+    assert kept.read_bytes() == (first.path / "train/input_ids.npy").read_bytes()
 
 
 def test_the_hash_follows_what_decides_the_tokens(llama: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Dataset -> tokens, once per sweep, memory-mapped and shared by all its trials.
+"""Dataset -> tokens, once, memory-mapped and shared by all trials.
 
 `prepare` reads and checks the rows, splits off a validation part, has TRL tokenise them and writes arrays under the
-hash of all that went in; the same content is never tokenised twice. `load` opens the arrays in a trial.
+hash of all that went in; a machine tokenises the same content once. `load` opens the arrays in a trial.
 
 A row is prompt and completion (two strings, or two lists of messages), messages (a chat), or text. The loss is taken
 on the completion, on the assistant's turns, or on the whole text. Templates, end-of-text tokens and label masks are
@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainables.cache import Cached, Tell, home, not_kept
+from trainables.checkpoint import MANIFEST
 from trainables.config import DataConfig
 
 SUMMARY = "summary.json"
@@ -131,24 +133,43 @@ class Prepared:
 def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     """Tokenise the rows of `data` for `model` into `directory/<content hash>`, unless that stands already.
 
-    The directory appears by rename, complete or not at all. DataError when rows or model cannot be used.
+    The directory appears by rename, complete or not at all. Another sweep may have had the same rows: what was made
+    for it is kept on this machine (see `cache`). DataError when rows or model cannot be used.
     """
     tokenizer = check_model(model)
     splits = _read_splits(data)
     target = directory / _tokens_hash(splits, tokenizer, data.max_length)
+    told: list[str] = []
     if not target.is_dir():
         temporary = directory / f".{target.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        kept = _kept(target.name, told.append)
+        found = kept and kept.read(lambda path: path)
         try:
-            _write(splits, tokenizer, data.max_length, temporary)
+            if found:
+                shutil.copytree(found, temporary, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+            else:
+                _write(splits, tokenizer, data.max_length, temporary)
+                if kept:
+                    size = sum(file.stat().st_size for file in temporary.rglob("*"))
+                    kept.write(size, lambda path: shutil.copytree(temporary, path, dirs_exist_ok=True))
             _publish(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     summary = json.loads((target / SUMMARY).read_text(encoding="utf-8"))
     del summary["pad_token_id"]
-    summary |= {"first_duplicates": tuple(summary["first_duplicates"]), "notes": tuple(summary["notes"])}
+    summary |= {"first_duplicates": tuple(summary["first_duplicates"]), "notes": (*summary["notes"], *told)}
     return Prepared(path=target, **summary)
+
+
+def _kept(name: str, tell: Tell) -> Cached | None:
+    what = "the tokenised dataset"
+    try:
+        return Cached(home() / "tokens" / name, what, tell)
+    except OSError as error:
+        tell(not_kept(what, error))
+        return None
 
 
 def content_hashes(data: DataConfig, model: str) -> dict[str, str]:

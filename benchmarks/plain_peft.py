@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from sweep import spec
 from sweep.paths import SweepPaths
 from sweep.report import ranking
-from sweep.study import open_journal
+from sweep.study import read_journal
 from trainables import checkpoint, data
 from trainables import model as models
 from trainables.config import QLoRAConfig
@@ -64,7 +64,7 @@ def main(root: Path) -> None:
     rows = data.load(next(paths.tokens.iterdir())).validation
     best = json.loads((paths.best / "sweep.json").read_text())
     wanted = [("best/", QLoRAConfig(**best["config"]), paths.best, best["validation_loss"])]
-    for entry in ranking(open_journal(paths.ledger, recorded.name).entries()):
+    for entry in ranking(read_journal(paths.ledger, recorded.name).entries()):
         found = checkpoint.best(paths.trial(entry.number))
         if found is not None and entry.number != best["trial"]:
             wanted.append((f"{entry.number:03d}", entry.config, found.path, found.loss))

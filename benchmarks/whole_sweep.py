@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from sweep.study import Entry, open_journal
+from sweep.study import Entry, read_journal
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models/smollm2-135m"
@@ -126,7 +126,7 @@ def ours(directory: Path, work: Work, slots: int) -> tuple[Done, list[Entry]]:
     file = directory / f"ours-{slots}.yaml"
     file.write_text(json.dumps(spec))
     done = run(["-m", "sweep", "run", str(file)], directory)
-    return done, open_journal(directory / f"ours-{slots}/ours/study.log", "ours").entries()
+    return done, read_journal(directory / f"ours-{slots}/ours/study.log", "ours").entries()
 
 
 def run(command: list[str], directory: Path) -> Done:

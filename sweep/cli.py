@@ -1,5 +1,6 @@
 """The verbs, thin."""
 
+import json
 import os
 import shlex
 import signal
@@ -25,7 +26,7 @@ EXIT_WRONG_INPUT = 2
 
 @app.callback()
 def _verbs() -> None:
-    """Keeps `run` a verb of its own."""
+    """Keeps each a verb of its own."""
 
 
 @app.command()
@@ -147,6 +148,36 @@ def sync(
     print(f"W&B has {complete} of {outcome.runs} runs of {sweep}, {len(outcome.sent)} of them sent now.")
     if outcome.failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def status(
+    sweep: Annotated[
+        str, typer.Argument(help="A sweep's directory, like sweeps/pricer, or its s3:// URL.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, for programs.")] = False,
+    ledger: Annotated[
+        str | None, typer.Option(help="URL of its database, when that needs a password.", show_default=False)
+    ] = None,
+) -> None:
+    """Show how a sweep stands, from another terminal or long after.
+
+    Example: python -m sweep status sweeps/pricer
+
+    Exit codes: 0 shown, 2 no sweep there, or one that cannot be read.
+    """
+    from sweep import status as statuses
+    from sweep.progress import Console
+
+    try:
+        found = statuses.look(sweep, ledger)
+    except statuses.NoSweep as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    if as_json:
+        print(json.dumps(statuses.as_json(found), indent=1))
+    else:
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
+        statuses.show(Console(markup=False, emoji=False, width=width), found)
 
 
 def _wrong_input(error: Exception) -> int:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+LOCK_SECONDS = 1.0
+"""How long `lock` is tried for: who asks how a sweep stands holds it for a moment."""
+
 
 @dataclass(frozen=True)
 class SweepPaths:

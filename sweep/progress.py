@@ -1,12 +1,14 @@
 """The terminal while a sweep runs: a calm live table, or one line per event when the output is not a terminal."""
 
+import math
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from optuna.trial import TrialState
-from rich import console
+from rich import box, console
 from rich.live import Live
 from rich.table import Table
 
@@ -25,6 +27,7 @@ class Console(console.Console):
         self.quiet = True
 
 
+BARS = "▁▂▃▄▅▆▇█"
 ENDED_SHOWN = 12
 """Rows of ended trials in the live table: the best of them."""
 
@@ -108,27 +111,57 @@ class Progress:
 
     def table(self) -> Table:
         """Running trials below the best of those that have ended."""
-        rows = sorted(self._rows.values(), key=lambda row: row.entry.best[1] if row.entry.best else float("inf"))
-        running = [row for row in rows if row.entry.state is TrialState.RUNNING]
-        ended = [row for row in rows if row.entry.state is not TrialState.RUNNING]
+        entries = [row.entry for row in self._rows.values()]
+        ended = sum(entry.state is not TrialState.RUNNING for entry in entries)
         minutes = (time.monotonic() - self._began) / 60
-        table = Table(
-            title=f"{self._ended_before + len(ended)} of {self.trials} trials done, {minutes:.1f} min",
-            title_justify="left",
-        )
-        for heading in ("trial", "configuration", "state", "evaluation", "newest", "best", "tokens/s"):
-            table.add_column(heading, justify="left" if heading in ("configuration", "state") else "right")
-        for row in [*ended[:ENDED_SHOWN], *running]:
-            entry = row.entry
-            newest = entry.losses.get(entry.reported)
-            table.add_row(
-                f"{entry.number:03d}",
-                described(entry.config, self.searched),
-                STATES[entry.state],
-                f"{max(entry.reported, 0)}/{self.evaluations}",
-                "" if newest is None else f"{newest:.4f}",
-                "" if entry.best is None else f"{entry.best[1]:.4f}",
-                f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
-                style="bold" if entry.state is TrialState.RUNNING else None,
-            )
+        speeds = {number: row.tokens_per_second for number, row in self._rows.items()}
+        table = overview(entries, self.searched, self.evaluations, speeds)
+        table.title = f"{self._ended_before + ended} of {self.trials} trials done, {minutes:.1f} min"
         return table
+
+
+def overview(
+    entries: Sequence[Entry],
+    searched: Sequence[str],
+    evaluations: int,
+    speeds: Mapping[int, float],
+    *,
+    alive: bool = True,
+) -> Table:
+    """A row for each running trial, below the best of those that have ended.
+
+    `speeds` are tokens per second by trial; where there is none, that of all the trial's time is shown. `alive`: what
+    runs by the ledger does run.
+    """
+    by_loss = sorted(entries, key=lambda entry: entry.best[1] if entry.best else math.inf)
+    running = [entry for entry in by_loss if entry.state is TrialState.RUNNING]
+    ended = [entry for entry in by_loss if entry.state is not TrialState.RUNNING]
+    losses = sorted(loss for entry in entries for number, loss in entry.losses.items() if number > 0)
+    table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("trial", "configuration", "state", "eval.", "losses", "newest", "best", "tokens/s"):
+        left = heading in ("configuration", "state", "losses")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "configuration")
+    for entry in [*ended[:ENDED_SHOWN], *running]:
+        runs = entry.state is TrialState.RUNNING
+        newest = entry.losses.get(entry.reported)
+        speed = speeds.get(entry.number) or (entry.cost.tokens / entry.cost.seconds if entry.cost.seconds else 0.0)
+        table.add_row(
+            f"{entry.number:03d}",
+            described(entry.config, searched),
+            "unfinished" if runs and not alive else STATES[entry.state],
+            f"{max(entry.reported, 0)}/{evaluations}",
+            sparkline([loss for number, loss in sorted(entry.losses.items()) if number > 0], losses),
+            "" if newest is None else f"{newest:.4f}",
+            "" if entry.best is None else f"{entry.best[1]:.4f}",
+            f"{speed:,.0f}" if speed else "",
+            style="bold" if runs and alive else None,
+        )
+    if (left_out := len(ended) - ENDED_SHOWN) > 0:
+        table.caption = f"{left_out} ended trials with higher losses are left out"
+    return table
+
+
+def sparkline(losses: Sequence[float], scale: Sequence[float]) -> str:
+    """A bar for each loss: as high as the share of `scale`, which is sorted, that lies below. A diverged trial leaves
+    the differences between good ones to be seen."""
+    return "".join(BARS[len(BARS) * bisect_left(scale, loss) // len(scale)] for loss in losses)

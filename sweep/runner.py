@@ -30,7 +30,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sweep import engine, packing, report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
-from sweep.paths import SweepPaths
+from sweep.paths import LOCK_SECONDS, SweepPaths
 from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
 from sweep.repair import starting_halvings
@@ -313,7 +313,7 @@ def _locked(place: Place, drain: Drain, listener: Listener) -> Iterator[Lease]:
         raise Refused(f"{paths.root} is a link to {paths.root.resolve()}; name the directory above that as `storage`")
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(paths.lock, timeout=0)
+        lock = filelock.FileLock(paths.lock, timeout=LOCK_SECONDS)
         lock.acquire()
     except filelock.Timeout as error:
         raise _in_use(place) from error

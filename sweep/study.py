@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from sweep.space import Space
@@ -234,25 +234,53 @@ def open_journal(path: Path, name: str, warn: Callable[[str], object] = warnings
     elsewhere raises ValueError: the ledger is never silently started anew.
     """
     if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            warn(
-                f"{path}: the last line is torn ({len(content) - whole} bytes) and cut off; what it said is done again"
-            )
+        whole = len(_whole_lines(path))
+        if torn := path.stat().st_size - whole:
+            warn(f"{path}: the last line is torn ({torn} bytes) and cut off; what it said is done again")
             with path.open("r+b") as stream:
                 stream.truncate(whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                _check(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: the ledger is damaged ({error}). Restore the file from a backup, or move the"
-                    " sweep directory away to start from nothing."
-                ) from error
     for leftover in path.parent.glob(path.name + ".lock*"):  # of a killed process: Optuna would wait 30 s for it
         leftover.unlink()
     return Ledger(JournalStorage(_Journal(str(path))), name)
+
+
+def read_journal(path: Path, name: str) -> Ledger:
+    """The ledger in the journal file at `path` as it stands at this moment, to be read: a driver may be writing it.
+
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or knows no sweep of this name.
+    """
+    storage = JournalStorage(_Snapshot([json.loads(line) for line in _whole_lines(path).splitlines()]))
+    if not any(study.study_name == name for study in storage.get_all_studies()):
+        raise ValueError(f"{path} knows no sweep called {name}")
+    return Ledger(storage, name)
+
+
+def _whole_lines(path: Path) -> bytes:
+    """A journal without a last line that has no end. ValueError when one of the others is damaged."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            _check(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number}: the ledger is damaged ({error}). Restore the file from a backup, or move the"
+                " sweep directory away to start from nothing."
+            ) from error
+    return whole
+
+
+class _Snapshot(BaseJournalBackend):
+    """A journal in memory that nothing is added to."""
+
+    def __init__(self, logs: list[dict[str, Any]]) -> None:
+        self._logs = logs
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        return iter(self._logs[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise TypeError("this ledger was opened to be read")
 
 
 class _Journal(JournalFileBackend):

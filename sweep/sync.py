@@ -28,7 +28,7 @@ from typing import Any
 import filelock
 
 from sweep import tracking
-from sweep.paths import SweepPaths
+from sweep.paths import LOCK_SECONDS, SweepPaths
 from sweep.place import Place
 from sweep.tracking import End, Row, Tracking
 
@@ -201,7 +201,7 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
 
     The lease of an earlier driver's trials ends with it, so one that has outlived its driver ends, too.
     """
-    lock = filelock.FileLock(paths.lock, timeout=0)
+    lock = filelock.FileLock(paths.lock, timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except filelock.Timeout as error:

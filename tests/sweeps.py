@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sweep.study import Entry, open_journal
+from sweep.study import Entry, read_journal
 
 TOY = """
 name: toy
@@ -66,7 +66,7 @@ def start(space: Path, *options: str, **variables: str) -> subprocess.Popen[str]
 
 
 def entries(space: Path, name: str = "toy") -> list[Entry]:
-    return open_journal(space.parent / "sweeps" / name / "study.log", name).entries()
+    return read_journal(space.parent / "sweeps" / name / "study.log", name).entries()
 
 
 def reported(space: Path, name: str = "toy") -> int:

@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from sweep.space import Space
 from sweep.spec import load
-from sweep.study import SpaceExhausted, open_journal, propose, ranking
+from sweep.study import SpaceExhausted, open_journal, propose, ranking, read_journal
 from tests.ledgers import add_trial, memory_ledger
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost, Evaluation, Slice, Step
@@ -123,6 +123,30 @@ def test_torn_last_line_is_cut_off(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_journal(path, "t").entry(number).losses == {1: 2.0, 2: 1.0}
+
+
+def test_reading_disturbs_nothing(tmp_path):
+    """Neither the driver's file, nor its lock, nor what it is about to write."""
+    path = tmp_path / "study.log"
+    ledger = open_journal(path, "t")
+    number = add_trial(ledger)
+    ledger.report(number, 1, 2.0)
+    lock = path.with_name("study.log.lock.of-a-driver")
+    lock.touch()
+    with path.open("ab") as stream:
+        stream.write(b'{"op_code": 7, ')  # is being written
+    before = path.read_bytes()
+    seen = read_journal(path, "t")
+    assert seen.entry(number).losses == {1: 2.0}
+    with pytest.raises(TypeError):
+        seen.report(number, 2, 1.0)
+    assert path.read_bytes() == before
+    assert lock.exists()
+    with pytest.raises(ValueError, match=r"study\.log knows no sweep called u"):
+        read_journal(path, "u")
+    with pytest.raises(FileNotFoundError):
+        read_journal(tmp_path / "none.log", "t")
+    assert not (tmp_path / "none.log").exists()
 
 
 def test_damage_elsewhere_stops(tmp_path):

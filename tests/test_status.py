@@ -1,0 +1,85 @@
+"""How a sweep stands, asked while it runs and afterwards."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sweep.progress import sparkline
+from tests import sweeps
+
+
+def status(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sweep", "status", str(directory), *options],
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_while_it_runs_and_when_it_has_ended(space):
+    process = sweeps.start(space, "--set", "search.trials=60", "--set", "early_stopping=false")
+    directory = space.parent / "sweeps/toy"
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 1, process)
+    seen = [status(directory) for _ in range(2)]  # each of them must leave the driver alone
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    for shown in seen:
+        assert shown.returncode == 0, shown.stderr
+        assert re.search(rf"^Sweep toy in .*, running in process {process.pid} on ", shown.stdout)
+
+    told = status(directory)
+    assert told.stdout.startswith(f"Sweep toy in {directory}, not running\n")
+    assert "60 of 60 trials are done" in told.stdout
+    told = json.loads(status(directory, "--json").stdout)
+    entries = sweeps.entries(space)
+    assert (told["driver"], told["asked_for"], told["evaluations"]) == (None, 60, 9)
+    assert [trial["config"] for trial in told["trials"]] == [entry.config.model_dump() for entry in entries]
+    assert [trial["best_loss"] for trial in told["trials"]] == [entry.best[1] for entry in entries]
+    assert min(trial["best_loss"] for trial in told["trials"]) == told["trials"][told["best_trial"]]["best_loss"]
+    assert {trial["state"] for trial in told["trials"]} <= {"complete", "stopped"}
+
+
+def test_a_killed_sweep_is_unfinished(space):
+    process = sweeps.start(space)
+    sweeps.wait_until(lambda: sweeps.reported(space) >= 1, process)
+    process.kill()
+    process.wait()
+    told = status(space.parent / "sweeps/toy")
+    assert told.returncode == 0, told.stderr
+    assert "not running" in told.stdout
+    assert "unfinished" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda sweep: shutil.rmtree(sweep), "holds no sweep; name the directory of one"),
+        (lambda sweep: (sweep / "space.yaml").unlink(), "holds no sweep; name the directory of one"),
+        (lambda sweep: (sweep / "space.yaml").write_text("name: [toy"), "its space.yaml cannot be read"),
+        (lambda sweep: (sweep / "study.log").unlink(), "has no ledger: its driver has not begun"),
+        (lambda sweep: (sweep / "study.log").write_bytes(b""), "knows no sweep called toy"),
+        (lambda sweep: (sweep / "study.log").write_bytes(b"{\n"), "study.log:1: the ledger is damaged"),
+    ],
+)
+def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
+    sweep = tmp_path / "toy"
+    shutil.copytree(undisturbed[0].parent / "sweeps/toy", sweep)
+    damage(sweep)
+    told = status(sweep)
+    assert told.returncode == 2
+    assert told.stdout == ""
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_bars_are_shares_of_what_lies_below():
+    scale = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 90.0]
+    assert sparkline([90.0, 1.6, 1.3, 1.0], scale) == "█▇▄▁"
+    assert sparkline([], []) == ""

@@ -118,6 +118,37 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
 
 
 @app.command()
+def plan(
+    space: Annotated[Path, typer.Argument(help="The sweep's YAML file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace one value of the file, as with `run`. Repeatable."),
+    ] = None,
+) -> None:
+    """Say what a sweep would do, and start nothing: data, steps, early stopping, memory, configurations.
+
+    Example: python -m sweep plan search_spaces/pricer.yaml
+
+    Exit codes: 0 it can be started, 2 wrong input.
+    """
+    from sweep.spec import SpecError, load
+
+    try:
+        spec = load(space, set_ or [])
+    except SpecError as error:
+        raise typer.Exit(_wrong_input(error)) from error
+
+    from sweep import plan as plans
+    from sweep.progress import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
+    try:
+        plans.show(Console(markup=False, emoji=False, width=width), spec)
+    except (ValueError, OSError) as error:  # a DataError is a ValueError
+        raise typer.Exit(_wrong_input(error)) from error
+
+
+@app.command()
 def sync(
     sweep: Annotated[
         str,

@@ -4,6 +4,7 @@ A trial keeps its own process (Ray's view of it, checkpoints, W&B), which needs 
 """
 
 import importlib
+import math
 import secrets
 import socket
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
@@ -24,16 +25,22 @@ CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
 """How long an engine may take to come back; where no machine has room for it, it never does."""
+FIRST_SECONDS = 300.0
+"""How long it may take to start: from a disk that is cold, or far away, imports take minutes."""
 CALLER_BYTES = 250_000_000
 """About what the process of a packed trial holds."""
 REACH_SECONDS = 1.0
 """How soon a machine answers that lives."""
-LOOK_SECONDS = 2.0
-"""How often a machine is asked."""
+LOOK_SECONDS = 3.0
+"""How often a machine is asked; longer than a slice of a trial, whose answer says as much."""
 
 
 class EngineLost(Exception):
     """The engine has died, or has forgotten the trial, as when it came back: no fault of the trial."""
+
+
+class EngineGone(EngineLost):
+    """Its machine is gone, or there is no room for it on any: no fault of the engine either."""
 
 
 class EngineProcess:
@@ -59,24 +66,53 @@ class Engines:
         self._engines = list(engines)
         self._slots = slots
         self._draining = draining
+        self._looked = -math.inf  # time.monotonic()
         self._nodes: dict[int, str] = {}  # where each was last seen
-        self._gone: dict[str, tuple[float, bool]] = {}  # by node: time.monotonic() of the answer, and the answer
+        self._down: dict[int, float] = {}  # time.monotonic() since when each does not run
+        self._lost: set[int] = set()
         self._places: dict[int, int] = {}  # of trials
 
+    def look(self) -> None:
+        """See which of them are lost: the machine is gone, or going, or no machine has room for them.
+
+        To be called all the time: of a machine that has ended Ray soon knows no more that an engine was there.
+        Raises RuntimeError when all are dead for good, as when their imports fail.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        states = [_state(engine) for engine in self._engines]
+        if all(state == "DEAD" for state, _ in states):
+            raise RuntimeError("no engine can be started; Ray's logs, in the directory of its session, say why")
+        self._lost.clear()
+        for i, (state, node) in enumerate(states):
+            if state == "ALIVE":
+                self._down.pop(i, None)
+            since = now if state == "ALIVE" else self._down.setdefault(i, now)
+            if state == "ALIVE" or node in self._draining() or node_is_gone(node):
+                self._nodes[i] = node
+            last = self._nodes.get(i)
+            machine = last is not None and (last in self._draining() or node_is_gone(last))
+            if machine or state == "DEAD" or now - since > (START_SECONDS if state == "RESTARTING" else FIRST_SECONDS):
+                self._lost.add(i)
+
     def ready(self, running: int) -> bool:
-        """Whether one has room for another trial than those that run: not one whose machine is gone, or going."""
-        return running < self._slots * sum(not self._lost(i) for i in range(len(self._engines)))
+        """Whether one that is not lost has room for another trial than those that run."""
+        self.look()
+        return running < self._slots * (len(self._engines) - len(self._lost))
 
     def choose(self, number: int, running: Sequence[int]) -> Any:
-        """The engine with the fewest of the running trials, on a machine that stays; each forgets the trials that it
-        has no longer.
+        """The engine with the fewest of the running trials that is not lost; each forgets the trials that it has no
+        longer.
 
         One that was never seen to run is the last choice: the cluster may have no room for it.
         """
+        self.look()
         loads = Counter(self._places[other] for other in running if other != number and other in self._places)
         chosen = min(
             range(len(self._engines)),
-            key=lambda i: (self._lost(i), loads[i] >= self._slots, i not in self._nodes, loads[i]),
+            key=lambda i: (i in self._lost, loads[i] >= self._slots, i not in self._nodes, loads[i]),
         )
         for other, where in list(self._places.items()):
             if other not in running or (other == number and where != chosen):
@@ -85,33 +121,27 @@ class Engines:
         self._places[number] = chosen
         return self._engines[chosen]
 
-    def _lost(self, i: int) -> bool:
-        """Whether its machine is gone, or going; one that is being started, again perhaps, is not lost."""
-        state, node = _state(self._engines[i])
-        if state == "ALIVE" or self._is_gone(node):
-            self._nodes[i] = node
-        last = self._nodes.get(i)
-        return last is not None and (last in self._draining() or self._is_gone(last))
-
-    def _is_gone(self, node: str) -> bool:
-        now = time.monotonic()
-        asked, gone = self._gone.get(node, (-LOOK_SECONDS, False))
-        if now - asked >= LOOK_SECONDS:
-            gone = node_is_gone(node)
-            self._gone[node] = time.monotonic(), gone
-        return gone
-
 
 def _state(engine: Any) -> tuple[str, str]:
-    """Of an engine: what Ray says of it (`ALIVE`, `RESTARTING`, …), and the node on which it runs or is being started;
-    while none has room for it, that of the driver."""
-    known = ray._private.state.actors(engine._actor_id.hex())
-    return known["State"], known["Address"]["NodeID"]
+    """Of an engine: what Ray says of it (`ALIVE`, `RESTARTING`, …), and the node on which it runs, is being started, or
+    waits for room. Empty while Ray cannot say."""
+    try:
+        known = ray._private.state.actors(engine._actor_id.hex())
+    except RayError:
+        known = {}
+    return known.get("State", ""), known.get("Address", {}).get("NodeID", "")
 
 
 def node_is_gone(node_id: str) -> bool:
-    """Whether a node of the cluster is dead, or does not answer: Ray itself takes up to half a minute to see that."""
-    for node in ray.nodes():
+    """Whether a node of the cluster is dead, or does not answer: Ray itself takes up to half a minute to see that.
+
+    False while Ray cannot say.
+    """
+    try:
+        nodes = ray.nodes()
+    except RayError:
+        return False
+    for node in nodes:
         if node["NodeID"] == node_id:
             if not node["Alive"]:
                 return True
@@ -145,14 +175,17 @@ class PackedTrial:
         self._engine = engine
         self._key = secrets.token_hex(8)
         self._notes = notes
-        began = time.monotonic()
+        self.node = ""
+        self._seen = began = time.monotonic()  # when it was last known to run
         while True:
             try:
-                started: Started = self._call("start", number, config, job, checkpoint, patience=START_SECONDS)
-                self.node: str = self._answer(engine.node.remote(), 0.0)
+                started: Started = self._call("start", number, config, job, checkpoint, patient=True)
+                self.node = self._answer(engine.node.remote(), patient=False)
                 break
-            except EngineLost:  # another one is being started, where there is room for it
-                if time.monotonic() - began > START_SECONDS or self._machine_is_gone():
+            except EngineGone:
+                raise
+            except EngineLost:  # another one is being started
+                if time.monotonic() - began > START_SECONDS or _state(engine)[0] == "DEAD":
                     raise
                 time.sleep(1)
         self.total_steps = started.total_steps
@@ -181,24 +214,25 @@ class PackedTrial:
             self.evaluations += (slice_.evaluation,)
         return slice_
 
-    def _call(self, method: str, *arguments: Any, patience: float = 0.0) -> Any:
-        """See `_answer`."""
-        return self._answer(self._engine.call.remote(method, self._key, *arguments), patience)
+    def _call(self, method: str, *arguments: Any, patient: bool = False) -> Any:
+        return self._answer(self._engine.call.remote(method, self._key, *arguments), patient)
 
-    def _answer(self, asked: Any, patience: float) -> Any:
-        """What comes of a call; an engine that is being started again may take `patience` seconds for it.
+    def _answer(self, asked: Any, patient: bool) -> Any:
+        """What comes of a call. `patient`: the engine may be starting.
 
-        Ray itself holds a call back until the engine is there again, be it for ever, and a process that waits for one
-        cannot end.
+        Ray itself holds a call back until the engine runs, be it for ever, and a process that waits for one cannot end.
         """
-        lived = time.monotonic()
+        missed = 0
         while not ray.wait([asked], timeout=LOOK_SECONDS)[0]:
+            state, node = _state(self._engine)
             now = time.monotonic()
-            if _state(self._engine)[0] != "RESTARTING":
-                lived = now
-            if self._machine_is_gone() or now - lived > patience:
+            if state in ("ALIVE", ""):
+                self._seen = now
+            missed = missed + 1 if node_is_gone(node) or node_is_gone(self.node) else 0
+            limit = (START_SECONDS if state == "RESTARTING" else FIRST_SECONDS) if patient else 0.0
+            if missed > 1 or now - self._seen > limit:  # once may be a lost packet
                 ray.cancel(asked)
-                raise EngineLost("the engine is gone, or its machine")
+                raise EngineGone("the machine of its engine is gone, or there is none with room for it")
         try:
             return ray.get(asked)
         except RayTaskError as error:
@@ -206,7 +240,5 @@ class PackedTrial:
                 raise EngineLost(str(error.cause)) from None
             raise error.cause from error
         except RayActorError as error:
-            raise EngineLost(str(error).splitlines()[0]) from None
-
-    def _machine_is_gone(self) -> bool:
-        return node_is_gone(_state(self._engine)[1])
+            gone = node_is_gone(_state(self._engine)[1]) or node_is_gone(self.node)
+            raise (EngineGone if gone else EngineLost)(str(error).splitlines()[0]) from None

@@ -14,7 +14,7 @@ from sweep.engine import CALLER_BYTES, launch
 from sweep.preemption import Drain
 from sweep.spec import Packing, SweepSpec
 from sweep.study import Ledger, sample
-from trainables.config import QLoRAConfig
+from trainables.config import QLoRAConfig, by_memory
 from trainables.packed import slots as formula
 from trainables.packed.slots import MOST, Measured
 from trainables.protocol import Job
@@ -93,7 +93,7 @@ def _measured(
     job = replace(job, halvings=max((entry.halvings for entry in ledger.entries()), default=0))
     typical = statistics.median_low([config.micro_batch(job.halvings) for config in configs])
     engine = launch(spec.resources.cpus, gpus, MOST)
-    asked = engine.call.remote("measure", max(configs, key=_weight), typical, job)
+    asked = engine.call.remote("measure", max(configs, key=by_memory), typical, job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drain():
@@ -109,14 +109,3 @@ def _measured(
         return str(error).splitlines()[0], engine
     ledger.note("packing", {"on": here, "measured": measured if isinstance(measured, str) else asdict(measured)})
     return measured, engine
-
-
-def _weight(config: QLoRAConfig) -> tuple[int, ...]:
-    """Sorts configurations by the memory that they take."""
-    return (
-        config.compute_dtype == "fp32",
-        not config.gradient_checkpointing,
-        config.micro_batch(),
-        config.target_modules == "all-linear",
-        config.r,
-    )

@@ -36,9 +36,8 @@ from sweep.preemption import Drain, draining_after, draining_on_signals, shielde
 from sweep.repair import starting_halvings
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
-from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec
-from sweep.study import ENDED_AS, Entry, Ledger, Proposal, open_journal, propose, ranking
+from sweep.study import ENDED_AS, Entry, Ledger, Proposal, first_params, open_journal, propose, ranking
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
 from trainables.protocol import Job
@@ -156,6 +155,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 more = range(wanted - (measuring is not None))
                 launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
                 engines = engine.Engines(filter(None, [measuring, *launched]), slots, lambda: watch.draining)
+                watch.engines = engines
 
             def assign(entry: Entry) -> Assignment:
                 entries = ledger.entries()
@@ -199,7 +199,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 _end_runs(ledger, place, tracked, spec.space.searched, model, evaluations, first_rung, ending)
 
             end_runs()
-            first = [spec.space.params_of(entry) for entry in spec.search.first] or _usual_default(spec.space)
+            first = first_params(spec.space, spec.search.first)
             if not first:
                 listener.note(
                     "The documented defaults are not in the space, so none of the trials is the usual default"
@@ -567,7 +567,7 @@ def _environment() -> dict[str, str]:
 
 
 def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
-    """What all trials have in common; the data are tokenised here, once per sweep."""
+    """What all trials have in common; the data are tokenised here, before any of them starts."""
     budget = spec.budget.per_trial
     if spec.trainable == "toy":
         return Job(model="", tokens="", budget=budget)
@@ -639,14 +639,6 @@ def _end_runs(
         run_id = tracking.run_id(ledger.noted("sweep_id"), entry.number)
         run = tracking.start(tracked, run_id, name, config, directory, place.push)
         tracking.finish(run, ENDED_AS[entry.state], facts)
-
-
-def _usual_default(space: Space) -> list[dict[str, Any]]:
-    """The documented defaults as the first trial, when the space has them: a sweep should beat what people use."""
-    try:
-        return [space.params_of({})]
-    except ValueError:
-        return []
 
 
 def _tune(searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any) -> None:

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayActorError, RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from sweep.engine import node_is_gone
+from sweep.engine import Engines, node_is_gone
 from sweep.preemption import Drain
 from sweep.repair import may_halve
 from sweep.study import ENDED_AS, Entry, Ledger
@@ -91,6 +91,8 @@ class Watch(tune.Callback, tune.Stopper):
         """Trials whose process was killed."""
         self.draining: set[str] = set()
         """Nodes of the cluster that are being taken away."""
+        self.engines: Engines | None = None
+        """To be looked after, when trials share devices."""
         self.saving: list[ray.ObjectRef[str | None]] = []
         """Last checkpoints that are being written; each gives the reason when it could not be."""
 
@@ -109,6 +111,11 @@ class Watch(tune.Callback, tune.Stopper):
             self.draining = set(ray._private.state.state.get_draining_nodes())  # as Ray Train asks: no public way
             if self._alone and not any(node["Alive"] for node in ray.nodes()):
                 self._drain.request("breakdown", "Ray has ended on this machine, and the trials with it")
+            if self.engines is not None:
+                try:
+                    self.engines.look()
+                except RuntimeError as error:
+                    self._drain.request("breakdown", str(error))
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
             number = trial.config["assignment"].number
@@ -194,7 +201,7 @@ class LedgerScheduler(FIFOScheduler):
         slice_: Slice = result["slice"]
         if result["failure"] is not None:
             self._ledger.spend(number, result["cost"])
-            again = self._failed(number, result["failure"], result["nodes"])
+            again = self._failed(number, result["failure"])
             if again is None or self._drain():
                 return TrialScheduler.STOP
             return self._send_away(number, actor, again, save=False)
@@ -301,8 +308,8 @@ class LedgerScheduler(FIFOScheduler):
             self._hand_out_again(number, f"was killed: {reason}")
         self._broke_down(number, reason)
 
-    def _failed(self, number: int, failure: Failure, nodes: Collection[str] = ()) -> str | None:
-        """An exception: says why the trial, which needs these nodes, is to be handed out again, None when it is not.
+    def _failed(self, number: int, failure: Failure) -> str | None:
+        """An exception: says why the trial is to be handed out again, None when it is not.
 
         A full disk ends the sweep, what else the machine is to blame for is tried again.
         """
@@ -310,25 +317,25 @@ class LedgerScheduler(FIFOScheduler):
             why = f"{os.strerror(failure.errno)}: {_where_space_went(self._lease.place.paths.root)}"
             self._drain.request("breakdown", why)
             return None
-        if failure.engine:
-            self._engine_lost(number, failure.reason, nodes)
+        if failure.engine == "died":
+            self._engine_died(number, failure.reason)
+        if failure.engine is not None:
             return "lost its engine"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
 
-    def _engine_lost(self, number: int, reason: str, nodes: Collection[str]) -> None:
+    def _engine_died(self, number: int, reason: str) -> None:
         """All trials of an engine tell of its end; it counts once.
 
         Twice at the same place is taken for the machine's memory, as with a process, but none of the trials is blamed.
         """
-        if not any(map(node_is_gone, nodes)):
-            entry = self._ledger.entry(number)
-            self._engine_deaths[number, entry.reported] += 1
-            times = self._engine_deaths[number, entry.reported]
-            if times % 2 == 0 and may_halve(entry.config, entry.halvings):
-                self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
+        entry = self._ledger.entry(number)
+        self._engine_deaths[number, entry.reported] += 1
+        times = self._engine_deaths[number, entry.reported]
+        if times % 2 == 0 and may_halve(entry.config, entry.halvings):
+            self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
         self._accidents[number] += 1
         now = time.monotonic()
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:

@@ -60,11 +60,13 @@ class LedgerSearcher(Searcher):
 
     def _suggest(self) -> Any:
         self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
+        if not self._is_left():
+            return None if self._handed_out else Searcher.FINISHED  # one of those may have to be handed out again
         if len(self._handed_out) >= self._concurrency or not self._ready(len(self._handed_out)):
             return None
         entry = self._next()
-        if entry is None:
-            return None if self._handed_out else Searcher.FINISHED  # one of those may have to be handed out again
+        if entry is None:  # the space is exhausted
+            return None if self._handed_out else Searcher.FINISHED
         self._handed_out.add(entry.number)
         self._started(entry)
         return {"assignment": self._assign(entry)}
@@ -75,14 +77,14 @@ class LedgerSearcher(Searcher):
         if number not in self._unfinished:
             self._unfinished.insert(0, number)
 
+    def _is_left(self) -> bool:
+        return bool(self._unfinished) or (len(self._ledger) < self._trials and not self.exhausted)
+
     def _next(self) -> Entry | None:
         if self._unfinished:
             return self._ledger.entry(self._unfinished.pop(0))
-        entries = self._ledger.entries()
-        if len(entries) >= self._trials or self.exhausted:
-            return None
         try:
-            return self._ledger.add(self._propose(entries))
+            return self._ledger.add(self._propose(self._ledger.entries()))
         except SpaceExhausted as end:
             self.exhausted = str(end)
             return None

@@ -1,11 +1,11 @@
 """How a sweep stands, for anybody who asks, while it runs or long after."""
 
+import fcntl
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 from rich.console import Console
 
 from sweep import report
@@ -58,19 +58,24 @@ def look(directory: str, ledger: str | None = None) -> Status:
         raise NoSweep(f"{place.url} has no ledger: its driver has not begun, or {paths.ledger} was moved") from error
     except Exception as error:  # whatever a database's driver raises
         raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
-    return Status(place, recorded, study.entries(), place.text(paths.lock_holder) if _is_driven(place) else None)
+    try:
+        driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
+    except OSError as error:  # a directory of somebody else, a store that does not answer
+        driver = f"a process or not, which cannot be seen ({error})"
+    return Status(place, recorded, study.entries(), driver)
 
 
 def _is_driven(place: Place) -> bool:
     if place.is_remote:
         return place.is_driven()
     try:
-        with filelock.FileLock(place.paths.lock, timeout=0):  # for a moment, which a driver waits for
-            return False
-    except filelock.Timeout:
-        return True
-    except OSError:  # a directory of somebody else
+        with place.paths.lock.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, which a driver waits for
+    except FileNotFoundError:
         return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def show(console: Console, status: Status) -> None:

@@ -26,6 +26,7 @@ from trainables.config import QLoRAConfig
 from trainables.protocol import Cost
 
 log = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study that is made
 
 RESAMPLES = 10
 """How often the sampler is asked anew when it proposes a configuration that the ledger already has."""
@@ -114,7 +115,6 @@ class Ledger:
     """The study of one sweep. One driver writes; anybody may read."""
 
     def __init__(self, storage: BaseStorage, name: str) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = storage
         self._ids: dict[int, int] = {}
         # Not `create_study(load_if_exists=True)`: it appends to a journal each time that it finds the study there.
@@ -312,6 +312,17 @@ class Proposal:
 
 class SpaceExhausted(Exception):
     """No configuration is left that the ledger does not have."""
+
+
+def first_params(space: Space, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Optuna parameters of the `wanted` configurations, which are tried first; where none are, the documented defaults,
+    if the space has them: a sweep should beat what people use."""
+    if wanted:
+        return [space.params_of(config) for config in wanted]
+    try:
+        return [space.params_of({})]
+    except ValueError:
+        return []
 
 
 def propose(

@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import format_exception
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import tune
 
 from sweep import tracking
-from sweep.engine import EngineLost, PackedTrial
+from sweep.engine import EngineGone, EngineLost, PackedTrial
 from sweep.place import Place
 from sweep.repair import may_halve
 from trainables import checkpoint
@@ -59,15 +59,17 @@ class Failure:
     """Of the operating system."""
     environment: bool
     """Whether files, network or memory of the machine are to blame rather than the configuration."""
-    engine: bool
-    """Whether the engine was lost, with all its trials."""
+    engine: Literal["died", "gone"] | None
+    """What became of the engine, if that is why: it died, or its machine is gone."""
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         reason = f"{type(error).__name__}: {error}".strip()
-        lost = isinstance(error, EngineLost)
-        environment = lost or isinstance(error, OSError | MemoryError | ImportError)
-        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, lost)
+        engine: Literal["died", "gone"] | None = None
+        if isinstance(error, EngineLost):
+            engine = "gone" if isinstance(error, EngineGone) else "died"
+        environment = engine is not None or isinstance(error, OSError | MemoryError | ImportError)
+        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine)
 
 
 @dataclass(frozen=True)

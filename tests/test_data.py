@@ -182,8 +182,17 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, "seconds in process
     assert {file: file.stat().st_mtime_ns for file in first.path.rglob("*")} == before
 
 
-def test_another_sweep_has_the_same_rows(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Where rows were tokenised, on a machine that keeps nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found: list[Path] = []
+    write_rows = module._write
+    monkeypatch.setattr(module, "_write", lambda *given: found.append(given[-1]) or write_rows(*given))
+    return found
+
+
+def test_another_sweep_has_the_same_rows(llama: str, tmp_path: Path, tokenised: list[Path]) -> None:
     data = DataConfig(train=write(tmp_path / "train.jsonl", PAIRS), validation=0.3)
     first = prepare(data, llama, tmp_path / "first")
 
@@ -191,21 +200,65 @@ def test_another_sweep_has_the_same_rows(llama: str, tmp_path: Path, monkeypatch
         files = prepared.path.rglob("*.*")
         return {file.relative_to(prepared.path): file.read_bytes() for file in files}
 
-    tokenised: list[Path] = []
-    write_rows = module._write
-    monkeypatch.setattr(module, "_write", lambda *given: tokenised.append(given[-1]) or write_rows(*given))
+    (kept,) = (tmp_path / "cache/qlora-sweep/tokens").glob("?" * 64)
+    kept.chmod(0o500)
     second = prepare(data, llama, tmp_path / "second")
     assert content(second) == content(first)
     assert replace(second, path=first.path) == first
-    assert tokenised == []
+    assert len(tokenised) == 1
+    assert second.path.stat().st_mode & 0o200
+    kept.chmod(0o700)
 
-    kept = tmp_path / "cache/qlora-sweep/tokens" / first.path.name / "train/input_ids.npy"
-    kept.write_bytes(kept.read_bytes()[:-1] + b"\xff")
+    damaged = kept / "train/input_ids.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
     third = prepare(data, llama, tmp_path / "third")
     assert content(third) == content(first)
     assert third.notes[-1].endswith("is damaged (train/input_ids.npy was altered); it is made anew")
-    assert len(tokenised) == 1
-    assert kept.read_bytes() == (first.path / "train/input_ids.npy").read_bytes()
+    assert len(tokenised) == 2
+    assert damaged.read_bytes() == (first.path / "train/input_ids.npy").read_bytes()
+
+
+def test_the_same_rows_in_another_file_have_notes_of_their_own(
+    llama: str, tmp_path: Path, tokenised: list[Path]
+) -> None:
+    rows = [*PAIRS, PAIRS[4]]
+    (tmp_path / "b.jsonl").write_text("\n\n" + "".join(json.dumps({**row, "weight": 1}) + "\n" for row in rows))
+    found = [
+        prepare(DataConfig(train=file, validation=file), llama, tmp_path / Path(file).stem)
+        for file in (write(tmp_path / "a.jsonl", rows), str(tmp_path / "b.jsonl"))
+    ]
+    assert [prepared.path.name for prepared in found] == [found[0].path.name] * 2
+    assert [prepared.first_duplicates for prepared in found] == [(1, 2, 3, 4, 5), (3, 4, 5, 6, 7)]
+    assert not any("weight" in note for note in found[0].notes)
+    assert any("left aside: weight" in note for note in found[1].notes)
+
+
+def test_no_fault_of_what_is_kept_is_one_of_a_sweep(
+    llama: str, tmp_path: Path, tokenised: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(train=write(tmp_path / "train.jsonl", PAIRS), validation=0.3)
+    prepare(data, llama, tmp_path / "first")
+    copy = shutil.copyfile
+
+    def deleted(source: Path, to: Path) -> None:
+        if "cache" in str(source) and "first" not in str(source):
+            raise FileNotFoundError(2, "No such file or directory", str(source))
+        copy(source, to)
+
+    monkeypatch.setattr(shutil, "copyfile", deleted)
+    second = prepare(data, llama, tmp_path / "second")
+    assert len(load(second.path).train) == 8
+    assert any("is not kept for the next time: [Errno 2]" in note for note in second.notes)
+    assert len(tokenised) == 2
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        told: list[str] = []
+        context.setattr("trainables.cache.Path.is_file", refused)
+        assert module.Cached(tmp_path / "cache/x", "it", told.append).read(lambda path: path) is None
+    assert told == [f"it is not kept for the next time: [Errno 13] Permission denied: '{tmp_path / 'cache/x'}'"]
 
 
 def test_the_hash_follows_what_decides_the_tokens(llama: str, tmp_path: Path) -> None:

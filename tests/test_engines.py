@@ -15,6 +15,8 @@ class World:
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forgotten: list[tuple[str, int]] = []
         self.starting: dict[str, str] = {}  # and where, as Ray has it
+        self.other = "PENDING_CREATION"
+        self.dead: set[str] = set()
         self.gone: set[str] = set()
         self.draining: set[str] = set()
         self.names = "abc"[:count]
@@ -25,7 +27,7 @@ class World:
 
     def known(self, name: str) -> dict[str, object]:
         return {
-            "State": "PENDING_CREATION" if name in self.starting else "ALIVE",
+            "State": "DEAD" if name in self.dead else self.other if name in self.starting else "ALIVE",
             "Address": {"NodeID": self.starting.get(name, name)},
         }
 
@@ -87,3 +89,45 @@ def test_one_that_starts_again_is_waited_for(world):
     assert [world.choose(n, [0, 1]) for n in range(2)] == ["a", "b"]
     world.starting = {"a": "driver"}
     assert world.choose(2, [1, 2]) == "a"
+
+
+@pytest.mark.parametrize("state", ["RESTARTING", "PENDING_CREATION"])
+def test_one_that_has_no_room_for_long_is_no_room_for_trials(world, monkeypatch, state):
+    world.other = state
+    assert [world.choose(n, [0, 1]) for n in range(2)] == ["a", "b"]
+    world.starting = {"a": "driver"}
+    assert world.engines.ready(3)
+    monkeypatch.setattr(engine, "START_SECONDS" if state == "RESTARTING" else "FIRST_SECONDS", 0.0)
+    assert not world.engines.ready(2)
+    assert world.choose(2, [1, 2]) == "b"
+    world.starting = {}
+    assert world.engines.ready(3)
+
+
+def test_one_that_cannot_be_started_gets_none(world):
+    world.dead = {"a"}
+    assert [world.choose(n, list(range(n + 1))) for n in range(2)] == ["b", "b"]
+    assert not world.engines.ready(2)
+    world.dead = {"a", "b"}
+    with pytest.raises(RuntimeError, match="no engine can be started"):
+        world.engines.ready(0)
+
+
+@pytest.mark.parametrize(
+    ("state", "node", "limit"),
+    [("ALIVE", "gone", None), ("RESTARTING", "here", "START_SECONDS"), ("PENDING_CREATION", "here", "FIRST_SECONDS")],
+)
+def test_a_trial_does_not_wait_for_ever(monkeypatch, state, node, limit):
+    """And takes its call back, for a process that waits for one cannot end."""
+    looks, cancelled = [], []
+    handle = SimpleNamespace(call=SimpleNamespace(remote=lambda method, *_: method))
+    monkeypatch.setattr(engine, "_state", lambda handle: (state, node))
+    monkeypatch.setattr(engine, "node_is_gone", lambda name: name == "gone")
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: looks.append(timeout) or ([], asked))
+    monkeypatch.setattr(ray, "cancel", cancelled.append)
+    if limit:
+        monkeypatch.setattr(engine, limit, 0.0)
+    with pytest.raises(engine.EngineGone):
+        engine.PackedTrial(handle, 0, None, None, None, [])
+    assert cancelled == ["start"]
+    assert len(looks) == (1 if limit else 2)  # a packet may be lost

@@ -29,7 +29,9 @@ def test_trainables_never_import_sweep_nor_ray():
         assert not imported(file) & {"sweep", "ray", "optuna", "wandb"}, file
 
 
-@pytest.mark.parametrize("module", ["cli", "spec", "runner", "report", "progress", "trainable", "tracking", "sync"])
+@pytest.mark.parametrize(
+    "module", ["cli", "plan", "spec", "runner", "report", "progress", "status", "trainable", "tracking", "sync"]
+)
 def test_sweep_imports_no_torch(module):
     check = f"import sys, sweep.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -65,7 +65,7 @@ def test_a_warm_base_is_not_loaded_again(llama, loads):
 def test_the_least_recently_used_base_goes_when_memory_is_short(llama, loads, monkeypatch):
     nf4 = model.base(llama, "nf4", "fp32", True)
     room_for_two = 4 * 2 * model.footprint(nf4)[0]
-    monkeypatch.setattr(model, "_memory", lambda device: room_for_two)
+    monkeypatch.setattr(model, "memory_of", lambda device: room_for_two)
     model.base(llama, "fp4", "fp32", True)
     model.base(llama, "nf4", "fp32", True)  # now fp4 is the one used longest ago
     model.base(llama, "nf4", "fp32", False)
@@ -84,7 +84,7 @@ def test_the_least_recently_used_base_goes_when_memory_is_short(llama, loads, mo
     ],
 )
 def test_adapted_layers(llama, target_modules, endings):
-    found = model.targets(model.base(llama, "nf4", "fp32", True), llama, target_modules)
+    found = model.targets(model.base(llama, "nf4", "fp32", True).layers, llama, target_modules)
     assert {name.rpartition(".")[2] for name, _, _ in found.values()} == endings
     assert len(found) == 2 * len(endings)
 
@@ -93,7 +93,7 @@ def test_adapted_layers(llama, target_modules, endings):
 def test_a_target_that_matches_nothing_is_named_with_what_exists(llama, name):
     base = model.base(llama, "nf4", "fp32", True)
     with pytest.raises(ValueError, match=f"'{name}'.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
-        model.targets(base, llama, ("q_proj", name))
+        model.targets(base.layers, llama, ("q_proj", name))
     with pytest.raises(ValueError, match=f"'{name}'.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
         model.check_target_modules(llama, [("q_proj", name)])
 

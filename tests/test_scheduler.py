@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 from ray.exceptions import RayActorError
 from ray.tune.schedulers import TrialScheduler
 
-from sweep.engine import EngineLost
+from sweep.engine import EngineGone, EngineLost
 from sweep.preemption import Drain
 from sweep.scheduler import LedgerScheduler, Watch, shielded
 from sweep.trainable import Failure
@@ -175,15 +175,14 @@ def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")
-@pytest.mark.parametrize(("gone", "halvings"), [(False, 1), (True, 0)])
-def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, gone, halvings):
+@pytest.mark.parametrize(("error", "halvings"), [(EngineLost, 1), (EngineGone, 0)])
+def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, halvings):
     """Unless its machine is gone. None of its trials fails, also when there is nothing left to halve."""
-    monkeypatch.setattr("sweep.scheduler.node_is_gone", lambda node: gone)
     monkeypatch.setattr("sweep.scheduler.BREAKDOWNS", 9)
     ledger, drain = memory_ledger(), Drain()
     number, smallest = add_trial(ledger, batch_size=2), add_trial(ledger, batch_size=1)
     ours = scheduler(ledger, drain)
-    lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(EngineLost("it died")))
+    lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(error("it died")))
     for expected in (0, halvings, halvings):
         for each in (number, smallest):
             assert ours.on_trial_result(None, ray_trial(each), lost) == TrialScheduler.CONTINUE
@@ -193,3 +192,6 @@ def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, g
     ledger.report(number, 1, 2.0)  # elsewhere it counts anew
     ours.on_trial_result(None, ray_trial(number), lost)
     assert ledger.entry(number).halvings == halvings
+    for _ in range(9):  # of machines that are gone a sweep never has enough
+        ours.on_trial_result(None, ray_trial(number), lost)
+    assert drain() == (error is EngineLost)

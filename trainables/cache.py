@@ -51,9 +51,13 @@ class Cached:
         Where `load` raises ValueError the files are as they were written, and would be so again: a file that says why
         takes their place, so that they are neither read nor written another time.
         """
-        if self.path.is_file():
-            self.tell(not_kept(self.what, f"{self.path} says why; delete it to have it tried again"))
-        if not self.path.is_dir():
+        try:
+            if self.path.is_file():
+                self.tell(not_kept(self.what, f"{self.path} says why; delete it to have it tried again"))
+            if not self.path.is_dir():
+                return None
+        except OSError as error:  # a directory of somebody else
+            self.tell(not_kept(self.what, error))
             return None
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
@@ -104,7 +108,7 @@ class Cached:
 
 
 def _attempt(save: Callable[[Path], object], directory: Path) -> None:
-    """Raises OSError for whatever `save` raises: a model's own code runs in it, and the base is there without it."""
+    """Raises OSError for whatever `save` raises: a model's own code may run in it, and nothing depends on it."""
     try:
         save(directory)
     except Exception as error:

@@ -71,6 +71,17 @@ class QLoRAConfig(BaseModel):
         return self
 
 
+def by_memory(config: QLoRAConfig) -> tuple[int, ...]:
+    """Sorts configurations by the memory that they take."""
+    return (
+        config.compute_dtype == "fp32",
+        not config.gradient_checkpointing,
+        config.micro_batch(),
+        config.target_modules == "all-linear",
+        config.r,
+    )
+
+
 class DataConfig(BaseModel):
     """Where the rows come from and how they are cut: the same for all trials of a sweep."""
 

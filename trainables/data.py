@@ -20,6 +20,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,7 +38,7 @@ SUMMARY = "summary.json"
 TOKENIZER = "tokenizer"
 """Directory beside the arrays with the model's tokenizer as `save_pretrained` writes it."""
 LAYOUT = 1
-"""Part of the content hash: raise it when the files that `prepare` writes change."""
+"""Part of the content hash: raise it when what `prepare` writes changes, in form or content."""
 VERSIONS = ("trl", "transformers", "tokenizers")
 """Packages that decide which tokens a row becomes."""
 FIELDS = {"prompt/completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
@@ -144,16 +145,13 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
         temporary = directory / f".{target.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        kept = _kept(target.name, told.append)
-        found = kept and kept.read(lambda path: path)
         try:
-            if found:
-                shutil.copytree(found, temporary, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
-            else:
+            kept = _kept(splits, tokenizer, target.name, told.append)
+            if kept is None or not _copied(kept, temporary):
                 _write(splits, tokenizer, data.max_length, temporary)
-                if kept:
+                if kept is not None:
                     size = sum(file.stat().st_size for file in temporary.rglob("*"))
-                    kept.write(size, lambda path: shutil.copytree(temporary, path, dirs_exist_ok=True))
+                    kept.write(size, partial(_copy, temporary))
             _publish(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -161,15 +159,6 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
     del summary["pad_token_id"]
     summary |= {"first_duplicates": tuple(summary["first_duplicates"]), "notes": (*summary["notes"], *told)}
     return Prepared(path=target, **summary)
-
-
-def _kept(name: str, tell: Tell) -> Cached | None:
-    what = "the tokenised dataset"
-    try:
-        return Cached(home() / "tokens" / name, what, tell)
-    except OSError as error:
-        tell(not_kept(what, error))
-        return None
 
 
 def content_hashes(data: DataConfig, model: str) -> dict[str, str]:
@@ -558,6 +547,43 @@ def _tokenizer_hash(tokenizer: Path) -> str:
             digest.update(f"\n{file.relative_to(tokenizer).as_posix()}: {file.stat().st_size} bytes\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _kept(splits: dict[str, _Split], tokenizer: Path, name: str, tell: Tell) -> Cached | None:
+    """Where this machine keeps them. Unlike the arrays, the notes follow from files and line numbers, too."""
+    what = "the tokenised dataset"
+    places = {name: [split.source, split.numbers, sorted(split.unused)] for name, split in splits.items()}
+    config = (tokenizer / "config.json").read_text(encoding="utf-8")  # by which transformers chooses a class
+    follows_from = json.dumps([name, places, config, version("qlora-sweep")])
+    try:
+        return Cached(home() / "tokens" / hashlib.sha256(follows_from.encode()).hexdigest(), what, tell)
+    except OSError as error:
+        tell(not_kept(what, error))
+        return None
+
+
+def _copied(kept: Cached, directory: Path) -> bool:
+    """Whether what is kept, if anything, is in `directory` now, which is empty otherwise."""
+    found = kept.read(lambda path: path)
+    if found is None:
+        return False
+    try:
+        _copy(found, directory)
+    except OSError as error:  # deleted in this moment
+        kept.tell(not_kept(kept.what, error))
+        shutil.rmtree(directory)
+        directory.mkdir()
+        return False
+    return True
+
+
+def _copy(source: Path, to: Path) -> None:
+    """Files alone, without their modes: what is kept may be read-only, what is copied is the user's to delete."""
+    for file in source.rglob("*"):
+        if file.is_file() and file.name != MANIFEST:
+            copy = to / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _write(splits: dict[str, _Split], tokenizer: Path, max_length: int, directory: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainables import base_cache
 from trainables.config import ComputeDtype, QuantType
-from trainables.packed.adapter import Adapter
+from trainables.packed.adapter import Adapter, Layers
 from trainables.packed.base import Base
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -163,7 +163,7 @@ def _make_room() -> None:
     on = device()
     held = {key: footprint(base)[0] for key, base in _warm.items()}
     for key in [key for key, base in _warm.items() if base.idle]:
-        if sum(held.values()) + max(held.values()) <= _memory(on) / 4:
+        if sum(held.values()) + max(held.values()) <= memory_of(on) / 4:
             break
         del held[key], _warm[key]
     gc.collect()  # a 4-bit weight and its layer refer to each other
@@ -171,23 +171,23 @@ def _make_room() -> None:
         torch.cuda.empty_cache()
 
 
-def _memory(on: torch.device) -> int:
+def memory_of(on: torch.device) -> int:
     """All memory of the device, bytes."""
     return torch.cuda.mem_get_info(on)[1] if on.type == "cuda" else psutil.virtual_memory().total
 
 
-def targets(base: Base, called: str, target_modules: str | tuple[str, ...]) -> dict[int, tuple[str, int, int]]:
-    """Those of the base's layers that `target_modules` mean; `called` is the model's name.
+def targets(layers: Layers, called: str, target_modules: str | tuple[str, ...]) -> Layers:
+    """Those of a base's layers that `target_modules` mean; `called` is the model's name.
 
     Raises ValueError when a name among them ends no linear layer.
     """
     if target_modules == "all-linear":
-        return dict(base.layers)
-    names = [name for name, _, _ in base.layers.values()]
+        return dict(layers)
+    names = [name for name, _, _ in layers.values()]
     _check_names(names, called, tuple(target_modules))
     return {
         number: layer
-        for number, layer in base.layers.items()
+        for number, layer in layers.items()
         if any(f".{layer[0]}".endswith(f".{target}") for target in target_modules)
     }
 
@@ -223,7 +223,7 @@ def footprint(base: Base) -> tuple[int, int, int]:
         if isinstance(weight, Params4bit):
             state = weight.quant_state
             parameters += math.prod(state.shape)
-            held += sum(tensor.nbytes for tensor in state.as_dict().values() if isinstance(tensor, torch.Tensor))
+            held += sum(each.absmax.nbytes + each.code.nbytes for each in (state, state.state2) if each is not None)
         else:
             parameters += weight.numel()
     return held, 2 * parameters, 4 * parameters

@@ -100,7 +100,7 @@ class QLoRATrial:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.base = model.base(job.model, config.quant_type, config.compute_dtype, config.double_quant)
-        layers = model.targets(self.base, job.model, config.target_modules)
+        layers = model.targets(self.base.layers, job.model, config.target_modules)
         self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
         self.banner = model.banner(self.base, self.adapter)
         if checkpoint is not None:

@@ -1,0 +1,199 @@
+"""What a sweep would do, before anything is started: data, steps, early stopping, memory, and configurations."""
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from optuna.storages import InMemoryStorage
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sweep.early_stopping import rungs
+from sweep.spec import EarlyStopping, SweepSpec
+from sweep.study import Ledger, SpaceExhausted, first_params, propose, sample
+from sweep.tracking import described
+from trainables import data
+from trainables.config import QLoRAConfig, by_memory
+from trainables.protocol import Budget
+
+SAMPLED = 200
+"""Configurations of the space that are looked at."""
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one kind."""
+
+    rows: int
+    tokens: int
+    median: int
+    """Tokens of a row."""
+    most: int
+    """Tokens that 95 % of the rows do not exceed."""
+    cut_off: int
+    """Rows that lose labels to max_length."""
+
+
+def splits(prepared: data.Prepared) -> dict[str, Split]:
+    """Of tokenised data: train, validation and, where there is one, test."""
+    tokens = data.load(prepared.path)
+    found = {"train": tokens.train, "validation": tokens.validation, "test": tokens.test}
+    return {
+        name: Split(
+            rows=len(rows),
+            tokens=len(rows.input_ids),
+            median=int(np.percentile(np.diff(rows.offsets), 50)),
+            most=int(np.percentile(np.diff(rows.offsets), 95)),
+            cut_off=prepared.cut_off[name],
+        )
+        for name, rows in found.items()
+        if rows is not None
+    }
+
+
+def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list[float]:
+    """Trials that are expected to reach evaluation 1, 2, …: at a rung of ASHA the best 1/reduction go on.
+
+    That is what a rung lets through when all its trials have come to it. Early ones have fewer to be compared with, so
+    a few more go on.
+    """
+    stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
+    expected, left = [], float(trials)
+    for evaluation in range(1, evaluations + 1):
+        expected.append(left)
+        if rule and evaluation in stops:
+            left = max(1.0, left / rule.reduction)
+    return expected
+
+
+def largest_micro_batch(rows: data.Rows, config: QLoRAConfig) -> tuple[int, int, int]:
+    """(rows, tokens of the longest, labels) of a micro-batch that happens to have the longest rows."""
+    lengths = np.diff(rows.offsets)
+    longest = np.argsort(lengths, kind="stable")[::-1][: config.micro_batch()]
+    labels = sum(int(np.count_nonzero(rows[int(row)][1][1:])) for row in longest)
+    return len(longest), int(lengths[longest[0]]), labels
+
+
+def show(console: Console, spec: SweepSpec) -> None:
+    """Print the plan of a sweep. Raises `trainables.data.DataError` for data or a model that cannot be used, and
+    ValueError for layers that the model does not have."""
+
+    def say(what: str, lines: Iterable[str]) -> None:
+        for line in lines:
+            console.print(f"{what:<9}{line}", highlight=False, soft_wrap=True)
+            what = ""
+
+    console.print(f"Plan of {spec.name}: nothing was started.", highlight=False)
+    configs = sample(spec.space, SAMPLED, spec.search.seed)
+    if spec.trainable == "toy":
+        say("trials", _trials(spec))
+    else:
+        assert spec.data is not None
+        assert spec.model is not None
+        with TemporaryDirectory(prefix="qlora-plan-") as scratch, ThreadPoolExecutor(1) as beside:
+            importing = beside.submit(importlib.import_module, "trainables.memory")  # seconds, as tokenising takes
+            prepared = data.prepare(spec.data, spec.model, Path(scratch))
+            memory = importing.result()
+            train = data.load(prepared.path).train
+            say("data", [*_data(prepared), *prepared.notes])
+            say("steps", _steps(spec.budget.per_trial, configs, len(train)))
+            say("trials", _trials(spec))
+            shapes = memory.shapes(spec.model)
+            say("base", _base(memory, spec.model, configs, shapes.parameters))
+            lightest, heaviest = min(configs, key=by_memory), max(configs, key=by_memory)
+            needed = {
+                name: (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config)))
+                for name, config in {"lightest": lightest, "heaviest": heaviest}.items()
+            }
+            device, room = memory.this_device()
+            say("memory", _room(needed["heaviest"][1], device, room))
+            console.print(_memory(needed, spec.space.searched))
+            say("disk", _disk(spec, needed["heaviest"][1], prepared.path))
+    say("first", ["as long as no loss is known, these are tried:"])
+    console.print(_configurations(spec))
+
+
+def _data(prepared: data.Prepared) -> Iterator[str]:
+    for name, split in splits(prepared).items():
+        cut = f", {split.cut_off:,} of them ({split.cut_off / split.rows:.1%}) cut off" if split.cut_off else ""
+        yield (
+            f"{name}: {split.rows:,} rows, {split.tokens:,} tokens; a row has {split.median} (median),"
+            f" 95 % have at most {split.most}{cut}"
+        )
+
+
+def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterator[str]:
+    for batch_size in sorted({config.batch_size for config in configs}):
+        steps = budget.total_steps(rows, batch_size)
+        at = budget.evaluation_steps(steps)
+        shown = ", ".join(map(str, at if len(at) < 6 else [*at[:3], "…", at[-1]]))
+        yield f"{steps:,} of {batch_size} rows are {steps * batch_size / rows:.2f} epochs; validation after {shown}"
+
+
+def _trials(spec: SweepSpec) -> Iterator[str]:
+    rule = spec.early_stopping or None
+    expected = survivors(spec.search.trials, spec.budget.evaluations, rule)
+    yield f"{spec.search.trials}, proposed by {spec.search.sampler}"
+    if rule:
+        shown = ", ".join(f"{count:.0f}" for count in expected)
+        share = sum(expected) / (spec.search.trials * spec.budget.evaluations)
+        yield f"expected to reach evaluations 1 to {len(expected)}: {shown} (ASHA; {share:.0%} of all training)"
+
+
+def _base(memory: Any, model: str, configs: Sequence[QLoRAConfig], parameters: int) -> Iterator[str]:
+    in_16, in_32 = (parameters * each / 1e6 for each in (2, 4))
+    yield f"{parameters / 1e6:,.1f} M parameters: {in_16:,.1f} MB in 16 bits, {in_32:,.1f} in 32"
+    for key in sorted({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs}):
+        quant_type, compute_dtype, double_quant = key
+        once = "" if double_quant else ", constants not quantised"
+        yield f"{memory.base_bytes(model, *key) / 1e6:,.1f} MB in {quant_type} with the rest in {compute_dtype}{once}"
+
+
+def _memory(needed: Mapping[str, tuple[QLoRAConfig, Any]], searched: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("MB", "base", "adapter", "optimizer", "activations", "passing", "together", "configuration"):
+        table.add_column(heading, justify="left" if heading in ("MB", "configuration") else "right")
+    for name, (config, memory) in needed.items():
+        parts = (*astuple(memory), memory.total)
+        table.add_row(name, *(f"{part / 1e6:,.0f}" for part in parts), described(config, searched))
+    return table
+
+
+def _room(heaviest: Any, device: str, room: int) -> Iterator[str]:
+    fit = room // heaviest.total
+    if fit:
+        yield f"{device} with {room / 1e9:.1f} GB: {fit} of the heaviest trials fit, each with a base of its own"
+    else:
+        yield (
+            f"{device} with {room / 1e9:.1f} GB: the heaviest trials do not fit, and would go on with smaller"
+            " micro-batches. Set gradient_checkpointing: true, a higher accumulation, or a lower data.max_length"
+        )
+
+
+def _disk(spec: SweepSpec, heaviest: Any, tokens: Path) -> Iterator[str]:
+    """Each running trial has up to three checkpoints, of an adapter in fp32 and its moments."""
+    of_tokens = sum(file.stat().st_size for file in tokens.rglob("*") if file.is_file())
+    checkpoint = heaviest.optimizer  # weights take what the gradient takes
+    yield (
+        f"a checkpoint takes {checkpoint / 1e6:,.1f} MB at most; {spec.checkpoint.keep} are kept of trials that ended,"
+        f" up to three of each that runs; tokens {of_tokens / 1e6:,.1f} MB; a base {heaviest.base / 1e6:,.1f} MB"
+    )
+
+
+def _configurations(spec: SweepSpec) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, show_header=False)
+    ledger = Ledger(InMemoryStorage(), spec.name)
+    first = first_params(spec.space, spec.search.first)
+    with suppress(SpaceExhausted):
+        for _ in range(min(SHOWN, spec.search.trials)):
+            entry = ledger.add(propose(ledger.entries(), spec.space, spec.search.sampler, spec.search.seed, first))
+            table.add_row(f"{entry.number:03d}", described(entry.config, spec.space.searched))
+    return table

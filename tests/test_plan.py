@@ -1,0 +1,156 @@
+"""What a sweep would do: counted where it can be counted, as the sweep itself then has it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from sweep.plan import largest_micro_batch, survivors
+from sweep.spec import EarlyStopping
+from tests import sweeps
+from tests.tiny import make_tiny_llama, make_tiny_opt
+from trainables import data, memory, model
+from trainables.config import DataConfig, QLoRAConfig
+from trainables.packed.adapter import Adapter
+from trainables.packed.base import Base, Work
+
+SPEC = """
+name: tiny
+model: {inputs}/llama
+data: {{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl, max_length: 64}}
+budget: {{epochs: 2, evaluations: 3}}
+search: {{trials: 9, sampler: random}}
+space:
+  r: {{values: [4, 16]}}
+  learning_rate: {{min: 1e-4, max: 1e-2, log: true}}
+  quant_type: {{values: [nf4, fp4]}}
+  compute_dtype: fp32
+tracking: {{mode: disabled}}
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    return {"llama": str(make_tiny_llama(directory / "llama")), "opt": str(make_tiny_opt(directory / "opt"))}
+
+
+def seated(name: str, config: QLoRAConfig) -> tuple[Base, Adapter]:
+    """A real base with a real adapter."""
+    base = model.base(name, config.quant_type, config.compute_dtype, config.double_quant)
+    layers = model.targets(base.layers, name, config.target_modules)
+    adapter = Adapter(config, layers, model.device(), base.model.dtype)
+    base.seat(adapter)
+    return base, adapter
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("key", [("nf4", "bf16", True), ("fp4", "fp32", True), ("nf4", "fp32", False)])
+def test_bytes_of_the_base(models, name, key):
+    held, in_16, _ = model.footprint(model.base(models[name], *key))
+    assert memory.base_bytes(models[name], *key) == held
+    assert 2 * memory.shapes(models[name]).parameters == in_16
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ("q_proj", "v_proj")])
+def test_bytes_of_adapter_and_optimizer(models, target_modules):
+    config = QLoRAConfig(r=8, compute_dtype="fp32", target_modules=target_modules)
+    base, adapter = seated(models["llama"], config)
+    try:
+        adapter.update(1.0, 1e-3)
+        copies = next(iter(base._stacks.values())).copies
+        moments = sum(m.nbytes for name, m in adapter.moments().items() if not name.endswith("step"))
+        told = memory.estimate(models["llama"], config, rows=2, width=16, labels=4)
+        assert told.adapter == adapter.weights.nbytes + copies.nbytes
+        assert told.optimizer == adapter.gradient.nbytes + moments
+    finally:
+        base.dismiss(adapter)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_bytes_of_activations(models, inputs, tmp_path, name):
+    """What autograd keeps of a real forward pass."""
+    config = QLoRAConfig(r=8, compute_dtype="fp32", dropout=0.0, batch_size=5)
+    rows = DataConfig(train=f"{inputs}/train.jsonl", validation=0.2, max_length=64)
+    train = data.load(data.prepare(rows, models[name], tmp_path).path).train
+    count, width, labels = largest_micro_batch(train, config)
+    longest = sorted((train[i] for i in range(len(train))), key=lambda row: len(row[0]))[-count:]
+    base, adapter = seated(models[name], config)
+    work = Work(adapter, longest, None)
+    assert (len(longest[-1][0]), work.labels) == (width, labels)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.losses([work], pad=0)
+    finally:
+        base.dismiss(adapter)
+    for weight in base.model.parameters():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    told = memory.estimate(models[name], config, count, width, labels)
+    assert told.activations == pytest.approx(found, rel=0.01)
+    recomputed = memory.estimate(
+        models[name], config.model_copy(update={"gradient_checkpointing": True}), count, width, labels
+    )
+    assert recomputed.activations < told.activations
+
+
+def test_who_reaches_which_evaluation():
+    assert survivors(27, 9, EarlyStopping(grace=1, reduction=3)) == [27, 9, 9, 3, 3, 3, 3, 3, 3]
+    assert survivors(12, 3, None) == [12, 12, 12]
+    assert survivors(2, 4, EarlyStopping(grace=1, reduction=4)) == [2, 1, 1, 1]
+
+
+def plan(space: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sweep", "plan", str(space), *options],
+        cwd=space.parent,
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_plan_starts_nothing_and_says_what_the_sweep_then_does(inputs, tmp_path):
+    space = tmp_path / "tiny.yaml"
+    space.write_text(SPEC.format(inputs=inputs))
+    told = plan(space)
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert "train: 64 rows" in told.stdout
+    assert "16 of 8 rows are 2.00 epochs; validation after 5, 11, 16" in told.stdout
+    assert "9, proposed by random" in told.stdout
+    assert "expected to reach evaluations 1 to 3: 9, 3, 3 (ASHA; 56% of all training)" in told.stdout
+    assert "lightest" in told.stdout
+    assert "heaviest" in told.stdout
+    planned = [line.split(maxsplit=1)[1].strip() for line in told.stdout.splitlines() if line.startswith(" 00")]
+    done = sweeps.run(space, "--set", "packing.slots=1", "--set", "budget.steps=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    tried = [line.split("started: ")[1] for line in done.stdout.splitlines() if "started: " in line]
+    assert sorted(tried) == sorted(planned)
+
+
+def test_layers_that_the_model_does_not_have(inputs, tmp_path):
+    space = tmp_path / "tiny.yaml"
+    space.write_text(SPEC.format(inputs=inputs))
+    told = plan(space, "--set", "space.target_modules=[q_porj]")
+    assert told.returncode == 2
+    assert "'q_porj' ends the name of no linear layer" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_toy_has_neither_data_nor_memory(space):
+    told = plan(space)
+    assert told.returncode == 0, told.stderr
+    assert "8, proposed by tpe" in told.stdout
+    assert "memory" not in told.stdout

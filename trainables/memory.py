@@ -1,0 +1,184 @@
+"""What a trial takes of a device's memory, from the config of its base model: nothing is loaded, nothing is trained.
+
+The model's own code runs once on tensors without content (torch's FakeTensorMode), through the layers that trials train
+with, and what autograd keeps for the backward pass is added up. So no formula has to know the architecture.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from trainables.config import ComputeDtype, QLoRAConfig, QuantType
+from trainables.model import DTYPES, device, memory_of, targets
+from trainables.packed.adapter import Layers
+from trainables.packed.base import LOGITS_AT_ONCE, Batch, label_losses
+from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
+
+BLOCK = 64
+"""Weights that share a quantisation constant, as transformers has bitsandbytes quantise."""
+
+# Trials pass no mask, and torch makes attention causal without one. Transformers sees that by looking at positions,
+# which have no content here.
+UNMASKED = "unmasked"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+AttentionMaskInterface.register(UNMASKED, lambda *given, **named: None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a trial at its peak, but for what the device takes for itself (CUDA: about half a GiB a process)."""
+
+    base: int
+    """Weights in 4 bits with their constants, and what stays unquantised."""
+    adapter: int
+    """Its weights in fp32, and their copy in the data type of products."""
+    optimizer: int
+    """Gradient and moments; paged moments are counted, which move to the host when the device is full."""
+    activations: int
+    """What the forward pass of one micro-batch keeps for the backward pass."""
+    passing: int
+    """Logits and their gradient, or one layer dequantised with its gradients, whichever is more."""
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.optimizer + self.activations + self.passing
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A base model without its weights."""
+
+    parameters: int
+    layers: Layers
+    """The linear layers that are quantised."""
+    vocabulary: int
+    blocks: int
+    """Layers of the transformer."""
+    width: int
+    """Of the hidden states."""
+
+
+@cache
+def shapes(model: str) -> Shapes:
+    """Those of a model's directory or Hub id; its config.json is enough."""
+    skeleton, linear = _on("meta", model, torch.bfloat16)
+    config = skeleton.config.get_text_config()
+    return Shapes(
+        parameters=sum(weight.numel() for weight in skeleton.parameters()),
+        layers={i: (name, layer.in_features, layer.out_features) for i, (name, layer) in enumerate(linear.items())},
+        vocabulary=config.vocab_size,
+        blocks=config.num_hidden_layers,
+        width=config.hidden_size,
+    )
+
+
+@cache
+def base_bytes(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> int:
+    """What `model.footprint` says of the base when it is loaded."""
+    skeleton, linear = _on("meta", model, DTYPES[compute_dtype])
+    quantised = {id(layer.weight) for layer in linear.values()}
+    held: int = sum(weight.nbytes for weight in skeleton.parameters() if id(weight) not in quantised)
+    for layer in linear.values():
+        packed, state = quantize_4bit(
+            layer.weight.data, blocksize=BLOCK, quant_type=quant_type, compress_statistics=double_quant
+        )
+        held += packed.nbytes
+        held += sum(each.absmax.nbytes + each.code.nbytes for each in (state, state.state2) if each is not None)
+    return held
+
+
+def this_device() -> tuple[str, int]:
+    """Its name and all of its memory, bytes."""
+    on = device()
+    return torch.cuda.get_device_name(on) if on.type == "cuda" else "a CPU", memory_of(on)
+
+
+def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int) -> Memory:
+    """Of a trial whose largest micro-batch has so many rows of so many tokens, with so many labels in all.
+
+    Raises ValueError when `target_modules` name no layer of the model.
+    """
+    found = shapes(model)
+    adapted = targets(found.layers, model, config.target_modules)
+    size = sum(config.r * (inputs + outputs) for _, inputs, outputs in adapted.values())
+    dtype = DTYPES[config.compute_dtype]
+    # A moment in 8 bits has a constant of 32 bits for each 256.
+    moments = 8 * size if config.optimizer == "adamw" else 2 * size + 2 * size // 64
+    kept = _kept(model, config.compute_dtype, config.r, tuple(adapted), rows, width, labels)
+    if config.gradient_checkpointing:  # the input of each block, and all of the one that is computed again
+        kept = kept // found.blocks + found.blocks * rows * width * found.width * dtype.itemsize
+    at_once = min(labels, max(1, LOGITS_AT_ONCE // found.vocabulary))
+    # Logits and their gradient in the model's data type; in fp32 those, and the gradient, of which a loss is taken.
+    logits = found.vocabulary * (2 * labels * dtype.itemsize + 2 * at_once * 4)
+    layer = max(
+        dtype.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
+        for _, inputs, outputs in found.layers.values()
+    )
+    return Memory(
+        base=base_bytes(model, config.quant_type, config.compute_dtype, config.double_quant),
+        adapter=size * (4 + dtype.itemsize),
+        optimizer=4 * size + moments,
+        activations=kept,
+        passing=max(logits, layer),
+    )
+
+
+@cache
+def _kept(
+    model: str, compute_dtype: ComputeDtype, r: int, adapted: tuple[int, ...], rows: int, width: int, labels: int
+) -> int:
+    """Bytes that autograd keeps of a forward pass of one micro-batch, the weights of the model left aside."""
+    dtype = DTYPES[compute_dtype]
+    with FakeTensorMode():
+        skeleton, linear = _on("cpu", model, dtype)
+        skeleton.requires_grad_(False).train(False)
+        skeleton.set_attn_implementation(UNMASKED)
+        plan = Plan(torch.zeros((), requires_grad=True))
+        stacked: dict[int, LowRank] = {}
+        for number, (name, layer) in enumerate(linear.items()):
+            skeleton.set_submodule(name, _Dense(layer, name, number, plan, dtype))
+            if number in adapted:
+                a = torch.empty(1, r, layer.in_features, dtype=dtype)
+                b = torch.empty(1, layer.out_features, r, dtype=dtype)
+                stacked[number] = LowRank(a, b, a.float(), b.float())
+        plan.parts = [Part(slice(0, rows), slice(0, 1), stacked, torch.ones(1, 1, 1), None)]
+        plan.shape = rows, width
+        nothing = torch.zeros(labels, dtype=torch.long)
+        batch = Batch(torch.zeros(rows, width, dtype=torch.long), nothing, nothing)
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            label_losses(skeleton, batch)
+        for weight in skeleton.parameters():
+            kept.pop(weight.untyped_storage()._cdata, None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _Dense(PackedLinear):
+    """One that is not quantised: the dequantised weight is not kept either way."""
+
+    def weight(self) -> Tensor:
+        weight: Tensor = self.replaced.weight
+        return weight
+
+
+def _on(device: str, model: str, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+    """The model without content, and its linear layers but the output head, by name."""
+    with torch.device(device):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+    head = skeleton.get_output_embeddings()
+    linear = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return skeleton, linear

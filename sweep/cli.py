@@ -118,6 +118,30 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Base model: directory or Hub id.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Training rows: file, saved dataset or Hub id.", show_default=False)],
+    space: Annotated[Path, typer.Argument(help="The YAML file to be written.")] = Path("space.yaml"),
+) -> None:
+    """Write a first YAML file for a model and a data file; it runs as it is.
+
+    Example: python -m sweep init models/smollm2-135m search_spaces/data/pricer-train.jsonl
+
+    Exit codes: 0 written, 2 model or data cannot be used, or the file is there already.
+    """
+    from sweep.starter import starter
+
+    try:
+        if space.exists():
+            raise ValueError(f"{space} is there already; name another file, as in: … {model} {data} other.yaml")
+        text = starter(model, data, space.absolute().parent)
+        space.write_text(text)
+    except (ValueError, OSError) as error:  # a DataError is a ValueError
+        raise typer.Exit(_wrong_input(error)) from error
+    print(f"{space} is written. Look at it, then: python -m sweep plan {space}")
+
+
+@app.command()
 def plan(
     space: Annotated[Path, typer.Argument(help="The sweep's YAML file.", show_default=False)],
     set_: Annotated[
@@ -209,6 +233,61 @@ def status(
     else:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
         statuses.show(Console(markup=False, emoji=False, width=width), found)
+
+
+@app.command()
+def export(
+    sweep: Annotated[
+        str, typer.Argument(help="A sweep's directory, like sweeps/pricer, or its s3:// URL.", show_default=False)
+    ],
+    trial: Annotated[
+        int | None, typer.Option(help="Number of the trial; the best one unless given.", show_default=False)
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model in bf16, the adapter added to its weights.")
+    ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(help="Repository of the Hub to upload it to, made private if new.", show_default=False)
+    ] = None,
+    ledger: Annotated[
+        str | None, typer.Option(help="URL of its database, when that needs a password.", show_default=False)
+    ] = None,
+) -> None:
+    """Take a trial home: its adapter, or the merged model, with tokenizer and model card, in the working directory.
+
+    Example: python -m sweep export sweeps/pricer --merge
+
+    Exit codes: 0 done, 1 the Hub did not take it, 2 wrong input: no sweep there, no checkpoint of that trial.
+    """
+    from sweep import export as exports
+    from sweep import status as statuses
+    from trainables.data import SUMMARY, TOKENIZER
+
+    try:
+        found = statuses.look(sweep, ledger)
+        model = found.spec.model
+        if model is None:
+            raise exports.NotKept(f"{found.place.url}: a toy has nothing to take home")
+        entry, best = exports.chosen(found.place, found.entries, trial)
+        to = Path(f"{found.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
+        if to.exists() and not (to / "sweep.json").exists():
+            raise exports.NotKept(f"{to} is there, and not from an export; move it away")
+        tokens = max(found.place.paths.tokens.glob(f"*/{SUMMARY}"), key=lambda file: file.stat().st_mtime).parent
+    except (statuses.NoSweep, exports.NotKept) as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    if merge:
+        loss = exports.export_merged(found.ledger, to, model, tokens, entry, best)
+        told = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
+    else:
+        exports.export(found.ledger, to, model, tokens / TOKENIZER, entry, best)
+        told = f"validation loss {best.loss:.4f}"
+    print(f"{to} has trial {entry.number} as it was after step {best.step}: {told}. Its README.md says how to load it.")
+    if push_to is not None:
+        try:
+            print(f"Uploaded to {exports.push(to, push_to)}")
+        except (OSError, ValueError) as error:
+            print(f"--push-to {push_to}: {error}; {to} is complete, upload it later", file=sys.stderr)
+            raise typer.Exit(EXIT_FAILED) from error
 
 
 def _wrong_input(error: Exception) -> int:

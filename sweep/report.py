@@ -1,21 +1,14 @@
-"""The end of a run: the ranking on the terminal, and best/, ready to be taken home."""
+"""The end of a run: the ranking on the terminal."""
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from huggingface_hub import ModelCard, ModelCardData
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from sweep.paths import SweepPaths
-from sweep.place import Place
 from sweep.progress import STATES
 from sweep.study import Entry, Ledger, ranking
 from sweep.tracking import described
-from trainables import checkpoint
 
 
 def usual_default(entries: Sequence[Entry]) -> Entry | None:
@@ -92,139 +85,3 @@ def standing(entries: Sequence[Entry], trials: int) -> str:
 def any_finished(entries: Sequence[Entry]) -> bool:
     """Whether a trial trained to its end or until early stopping gave it up."""
     return any(entry.state in (TrialState.COMPLETE, TrialState.PRUNED) for entry in entries)
-
-
-def export_best(
-    ledger: Ledger, place: Place, model: str, tokenizer: Path | None, warn: Callable[[str], object]
-) -> Entry | None:
-    """Make best/ from the checkpoint with the lowest validation loss of all that are intact.
-
-    What is in best/ stays when it is of a lower loss than those. `tokenizer` is the directory of its files; without
-    one, of a toy, only the configuration is written. Returns the trial of which best/ is, None when there is none;
-    `warn` is told when that is not the one with the lowest loss of the sweep.
-    """
-    entries = ledger.entries()
-    found = _lowest_intact(entries, place, warn)
-    before = _exported(place)
-    if before is not None and (found is None or before[1] < found[1]):
-        warn(f"best/ is left as it is, of trial {before[0]:03d}: its checkpoint is damaged or gone")
-        return entries[before[0]]
-    if found is None:
-        return None
-    winner, loss, kept = found
-    lowest = ranking(entries)[0]
-    if lowest.best is not None and lowest.best[1] < loss:
-        warn(
-            f"best/ is of trial {winner.number:03d} ({loss:.4f}): the checkpoint of trial {lowest.number:03d}"
-            f" ({lowest.best[1]:.4f}) is damaged or gone"
-        )
-    _export(ledger, place.paths, model, tokenizer, winner, kept)
-    place.push(place.paths.best)
-    return winner
-
-
-def _lowest_intact(
-    entries: Sequence[Entry], place: Place, warn: Callable[[str], object]
-) -> tuple[Entry, float, checkpoint.Checkpoint] | None:
-    """Of all checkpoints that are intact, that with the lowest validation loss, which is given, too, and its trial."""
-    for entry in entries:
-        place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
-    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
-    scored = [(entry, found.loss, found) for entry, found in kept if found and found.loss is not None]
-    for entry, loss, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
-        place.pull_checkpoints(found.path.parent)
-        try:
-            checkpoint.read(found.path)
-        except ValueError as error:
-            warn(str(error))
-        else:
-            return entry, loss, found
-    return None
-
-
-def _exported(place: Place) -> tuple[int, float] | None:
-    """Trial and loss of what is in best/, None when there is nothing."""
-    file = place.paths.best / "sweep.json"
-    place.pull_file(file)
-    if not file.exists():
-        return None
-    facts = json.loads(file.read_text())
-    return facts["trial"], facts["validation_loss"]
-
-
-def _export(
-    ledger: Ledger, paths: SweepPaths, model: str, tokenizer: Path | None, winner: Entry, found: checkpoint.Checkpoint
-) -> None:
-    unfinished = paths.best.with_name(".best")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    if tokenizer is not None:
-        for file in found.path.glob("adapter_*"):
-            shutil.copy2(file, unfinished)
-        shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
-        (unfinished / "README.md").write_text(str(model_card(ledger, winner, model, found.step)))
-    numbers = {"trial": winner.number, "step": found.step, "validation_loss": found.loss}
-    (unfinished / "sweep.json").write_text(
-        json.dumps({"config": winner.config.model_dump(mode="json"), "model": model} | numbers, indent=2) + "\n"
-    )
-    shutil.rmtree(paths.best, ignore_errors=True)
-    unfinished.rename(paths.best)
-
-
-def model_card(ledger: Ledger, winner: Entry, model: str, step: int) -> ModelCard:
-    """What the adapter is, how it was found, and how to load it."""
-    card = ModelCardData(library_name="peft", base_model=model, tags=["qlora", "qlora-sweep", "lora"])
-    entries = ledger.entries()
-    config = winner.config
-    settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
-    versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
-    bf16 = config.compute_dtype == "bf16"
-    return ModelCard(
-        f"""---
-{card.to_yaml()}
----
-
-# QLoRA adapter for {model}
-
-The best of {len(entries)} trials by validation loss (mean cross-entropy per supervised token), taken after optimiser
-step {step} of trial {winner.number}.
-
-```
-{chr(10).join(verdict(entries))}
-```
-
-Load it on the base in the quantisation that it was trained on:
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.{"bfloat16" if bf16 else "float32"}
-quantization = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="{config.quant_type}",
-    bnb_4bit_compute_dtype=dtype,
-    bnb_4bit_use_double_quant={config.double_quant},
-)
-base = AutoModelForCausalLM.from_pretrained(
-    "{model}", quantization_config=quantization, dtype=dtype, device_map={{"": device}}
-)
-model = PeftModel.from_pretrained(base, "best").eval()  # the directory of this file
-tokenizer = AutoTokenizer.from_pretrained("best")
-
-prompt = tokenizer("…", return_tensors="pt").to(device)
-with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled={bf16}):  # as it was trained and scored
-    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
-```
-
-| hyperparameter | value |
-|---|---|
-{settings}
-
-| made with | version |
-|---|---|
-{versions}
-"""
-    )

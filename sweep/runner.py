@@ -27,7 +27,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import engine, packing, report, tracking
+from sweep import engine, export, packing, report, tracking
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
@@ -243,7 +243,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
         if drain.cause not in ("signal", "breakdown"):
             tidy(ledger, place, spec.checkpoint.keep, emptied)
             tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
-            winner = report.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
+            winner = export.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
     seconds = time.monotonic() - began
     kept_offline = tracking.kept_offline(tracked.directory)
     if tracked.mode == "online" and kept_offline:

@@ -317,25 +317,26 @@ class LedgerScheduler(FIFOScheduler):
             why = f"{os.strerror(failure.errno)}: {_where_space_went(self._lease.place.paths.root)}"
             self._drain.request("breakdown", why)
             return None
-        if failure.engine == "died":
-            self._engine_died(number, failure.reason)
         if failure.engine is not None:
+            self._engine_lost(number, failure.reason, died=failure.engine == "died")
             return "lost its engine"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
 
-    def _engine_died(self, number: int, reason: str) -> None:
+    def _engine_lost(self, number: int, reason: str, *, died: bool) -> None:
         """All trials of an engine tell of its end; it counts once.
 
-        Twice at the same place is taken for the machine's memory, as with a process, but none of the trials is blamed.
+        When it died twice at the same place, that is taken for the machine's memory, as with a process, but none of the
+        trials is blamed.
         """
-        entry = self._ledger.entry(number)
-        self._engine_deaths[number, entry.reported] += 1
-        times = self._engine_deaths[number, entry.reported]
-        if times % 2 == 0 and may_halve(entry.config, entry.halvings):
-            self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
+        if died:
+            entry = self._ledger.entry(number)
+            self._engine_deaths[number, entry.reported] += 1
+            times = self._engine_deaths[number, entry.reported]
+            if times % 2 == 0 and may_halve(entry.config, entry.halvings):
+                self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
         self._accidents[number] += 1
         now = time.monotonic()
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:

@@ -27,6 +27,8 @@ class Status:
     place: Place
     spec: SweepSpec
     """As recorded."""
+    ledger: Ledger
+    """To be read."""
     entries: Sequence[Entry]
     driver: str | None
     """Who runs it; None when nobody does."""
@@ -62,7 +64,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
         driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
     except OSError as error:  # a directory of somebody else, a store that does not answer
         driver = f"a process or not, which cannot be seen ({error})"
-    return Status(place, recorded, study.entries(), driver)
+    return Status(place, recorded, study, study.entries(), driver)
 
 
 def _is_driven(place: Place) -> bool:

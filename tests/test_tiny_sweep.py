@@ -10,11 +10,17 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from optuna.trial import TrialState
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
+from sweep.spec import load
 from sweep.study import ranking
 from tests import sweeps
 from tests.wandb_files import final, history, records
+from trainables import data
 
 SPEC = """
 name: tiny
@@ -203,3 +209,82 @@ def test_changed_files_are_named_and_refused(inputs, tmp_path):
         file.write_bytes(before)
     again = sweeps.run(space, *short)
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def export(space: Path, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sweep", "export", str(space.parent / "sweeps/tiny"), *options],
+        cwd=directory,
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_adapters_are_taken_home(undisturbed, tmp_path):
+    """The best one, and any other that is kept; the Hub, which is out of reach here, is told of at the end."""
+    space, _, entries = undisturbed
+    winner, second = ranking(entries)[:2]
+    told = export(space, tmp_path, "--push-to", "somebody/tiny")
+    assert told.returncode == 1
+    assert "--push-to somebody/tiny: " in told.stderr
+    assert "Traceback" not in told.stderr
+    assert f"tiny-{winner.number:03d} has trial {winner.number}" in told.stdout
+    best, home = space.parent / "sweeps/tiny/best", tmp_path / f"tiny-{winner.number:03d}"
+    files = {file.name for file in best.iterdir()}
+    assert {file.name for file in home.iterdir()} == files
+    for name in files - {"README.md"}:  # which names the directory
+        assert (home / name).read_bytes() == (best / name).read_bytes()
+    assert f'"tiny-{winner.number:03d}"' in (home / "README.md").read_text()
+
+    told = export(space, tmp_path, "--trial", str(second.number))
+    assert told.returncode == 0, told.stderr
+    facts = json.loads((tmp_path / f"tiny-{second.number:03d}/sweep.json").read_text())
+    assert facts["validation_loss"] == second.best[1]
+    assert "Number 2 of 4 trials" in (tmp_path / f"tiny-{second.number:03d}/README.md").read_text()
+
+
+def test_a_merged_model_is_taken_home(undisturbed, tmp_path):
+    """It needs transformers alone, its weights are the base's and the adapter's term, and its loss is what was told."""
+    space, _, entries = undisturbed
+    winner = ranking(entries)[0]
+    told = export(space, tmp_path, "--merge")
+    assert told.returncode == 0, told.stderr
+    home = tmp_path / f"tiny-{winner.number:03d}-merged"
+    facts = json.loads((home / "sweep.json").read_text())
+    assert f"{winner.best[1]:.4f} with the base in 4 bits, {facts['validation_loss_merged']:.4f} merged" in told.stdout
+
+    merged = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    base = AutoModelForCausalLM.from_pretrained(load(space).model, dtype=torch.float32)
+    adapter = load_file(space.parent / "sweeps/tiny/best/adapter_model.safetensors")
+    layer = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
+    expected = base.get_submodule(layer).weight + winner.config.alpha / winner.config.r * b @ a
+    assert torch.allclose(merged.get_submodule(layer).weight, expected, rtol=2**-7, atol=1e-3)
+
+    rows = data.load(next((space.parent / "sweeps/tiny/tokens").iterdir())).validation
+    total, labels = 0.0, 0
+    for i in range(len(rows)):
+        ids, supervised = (torch.from_numpy(array.copy()) for array in rows[i])
+        with torch.no_grad():
+            logits = merged(input_ids=ids[None].long()).logits[0, :-1]
+        total += float(cross_entropy(logits[supervised[1:]], ids[1:][supervised[1:]].long(), reduction="sum"))
+        labels += int(supervised[1:].sum())
+    assert total / labels == pytest.approx(facts["validation_loss_merged"], abs=0.02)  # computed in bf16
+
+
+def test_what_cannot_be_taken_home(undisturbed, tmp_path):
+    space, _, entries = undisturbed
+    told = export(space, tmp_path, "--trial", "99")
+    assert told.returncode == 2
+    assert "there is no trial 99" in told.stderr
+    last = ranking(entries)[-1]
+    told = export(space, tmp_path, "--trial", str(last.number))  # `checkpoint.keep` is 3
+    assert told.returncode == 2
+    assert f"trial {last.number} no longer has an intact checkpoint of an evaluation" in told.stderr
+    (tmp_path / f"tiny-{ranking(entries)[0].number:03d}").mkdir()
+    told = export(space, tmp_path)
+    assert told.returncode == 2
+    assert "is there, and not from an export" in told.stderr

@@ -1,0 +1,33 @@
+"""The base model with an adapter added to its weights, and what it scores then."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from trainables import data, model
+from trainables.packed.base import collate, label_losses
+from trainables.qlora_sft import EVALUATION_TOKENS, rows_of_evaluation
+
+
+def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
+    """Write the model `base` with the adapter in a directory, in bf16, to another one.
+
+    Returns the mean cross-entropy per supervised token of the validation rows of `tokens`, the sweep's.
+    """
+    on = model.device()
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": on})
+    merged = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload(safe_merge=True).eval()
+    merged.save_pretrained(to)
+    if on.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        model.multiply_bf16_in_fp32()
+    rows = data.load(tokens)
+    total, labels = 0.0, 0
+    for numbers in rows_of_evaluation(np.diff(rows.validation.offsets), EVALUATION_TOKENS[on.type]):
+        batch = collate([rows.validation[int(number)] for number in numbers], rows.pad_token_id, on)
+        with torch.no_grad():
+            total += float(label_losses(merged, batch).sum())
+        labels += len(batch.labels)
+    return total / labels

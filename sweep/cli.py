@@ -136,7 +136,7 @@ def init(
             raise ValueError(f"{space} is there already; name another file, as in: … {model} {data} other.yaml")
         text = starter(model, data, space.absolute().parent)
         space.write_text(text)
-    except (ValueError, OSError) as error:  # a DataError is a ValueError
+    except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
     print(f"{space} is written. Look at it, then: python -m sweep plan {space}")
 
@@ -168,7 +168,7 @@ def plan(
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
     try:
         plans.show(Console(markup=False, emoji=False, width=width), spec)
-    except (ValueError, OSError) as error:  # a DataError is a ValueError
+    except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
 
 
@@ -257,11 +257,12 @@ def export(
 
     Example: python -m sweep export sweeps/pricer --merge
 
-    Exit codes: 0 done, 1 the Hub did not take it, 2 wrong input: no sweep there, no checkpoint of that trial.
+    Exit codes: 0 done, 1 the machine or the Hub did not do it,
+    2 wrong input: no sweep there, no checkpoint of that trial.
     """
     from sweep import export as exports
     from sweep import status as statuses
-    from trainables.data import SUMMARY, TOKENIZER
+    from trainables.data import SUMMARY, TOKENIZER, is_hub_id, model_hash
 
     try:
         found = statuses.look(sweep, ledger)
@@ -270,22 +271,33 @@ def export(
             raise exports.NotKept(f"{found.place.url}: a toy has nothing to take home")
         entry, best = exports.chosen(found.place, found.entries, trial)
         to = Path(f"{found.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
-        if to.exists() and not (to / "sweep.json").exists():
-            raise exports.NotKept(f"{to} is there, and not from an export; move it away")
-        tokens = max(found.place.paths.tokens.glob(f"*/{SUMMARY}"), key=lambda file: file.stat().st_mtime).parent
-    except (statuses.NoSweep, exports.NotKept) as error:
+        if to.exists() or to.is_symlink():
+            raise exports.NotKept(f"{to} is there already; move it away, or export in another directory")
+        tokenised = sorted(found.place.paths.tokens.glob(f"*/{SUMMARY}"), key=lambda file: file.stat().st_mtime)
+        if not tokenised:
+            raise exports.NotKept(f"{found.place.url}: its tokens are not on this machine; export it where it ran")
+        tokens = tokenised[-1].parent
+        if merge and model_hash(model) != found.ledger.noted("inputs")["model"]:
+            raise exports.NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
+        named = Path(model).name if push_to and not is_hub_id(model) else model  # no path of this machine
+        if merge:
+            loss = exports.export_merged(found.ledger, to, model, named, tokens, entry, best)
+            told = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
+        else:
+            exports.export(found.ledger, to, named, tokens / TOKENIZER, entry, best)
+            told = f"validation loss {best.loss:.4f}"
+        if push_to:
+            exports.without_paths(to)
+    except (statuses.NoSweep, exports.NotKept, ValueError) as error:
         raise typer.Exit(_wrong_input(error)) from error
-    if merge:
-        loss = exports.export_merged(found.ledger, to, model, tokens, entry, best)
-        told = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
-    else:
-        exports.export(found.ledger, to, model, tokens / TOKENIZER, entry, best)
-        told = f"validation loss {best.loss:.4f}"
+    except (OSError, RuntimeError, MemoryError) as error:  # a disk that is full, memory that is not enough
+        print(f"{sweep}: nothing was exported: {type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
     print(f"{to} has trial {entry.number} as it was after step {best.step}: {told}. Its README.md says how to load it.")
     if push_to is not None:
         try:
             print(f"Uploaded to {exports.push(to, push_to)}")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             print(f"--push-to {push_to}: {error}; {to} is complete, upload it later", file=sys.stderr)
             raise typer.Exit(EXIT_FAILED) from error
 

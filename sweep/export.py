@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -80,29 +81,29 @@ def export(
     """Put the adapter of a checkpoint into the directory `to`, as best/ has it; what is there goes when it is done."""
     with _replacing(to) as unfinished:
         if tokenizer is not None:
-            for file in found.path.glob("adapter_*"):
-                shutil.copy2(file, unfinished)
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                shutil.copy2(found.path / name, unfinished)
             shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
             (unfinished / "README.md").write_text(str(model_card(ledger, entry, model, found.step, to.name)))
         _write_facts(unfinished, model, entry, {"step": found.step, "validation_loss": found.loss})
 
 
 def export_merged(
-    ledger: Ledger, to: Path, model: str, tokens: Path, entry: Entry, found: checkpoint.Checkpoint
+    ledger: Ledger, to: Path, model: str, named: str, tokens: Path, entry: Entry, found: checkpoint.Checkpoint
 ) -> float:
     """Put the base model with the adapter of a checkpoint added to its weights, in bf16, into the directory `to`.
 
-    `tokens` are those of the sweep. Returns the validation loss of what was written, which is not that of the adapter:
-    that was trained on the base in 4 bits.
+    `named` is what the model is called there, `tokens` are those of the sweep. Returns the validation loss of what was
+    written, which is not that of the adapter: that was trained on the base in 4 bits. Raises what `merging.merge` does.
     """
     merging = importlib.import_module("trainables.merging")  # brings torch, which nothing else here needs
     with _replacing(to) as unfinished:
         loss: float = merging.merge(model, found.path, tokens, unfinished)
         shutil.copytree(tokens / data.TOKENIZER, unfinished, dirs_exist_ok=True)
-        card = model_card(ledger, entry, model, found.step, to.name, merged=loss)
+        card = model_card(ledger, entry, named, found.step, to.name, merged=loss)
         (unfinished / "README.md").write_text(str(card))
         losses = {"step": found.step, "validation_loss": found.loss, "validation_loss_merged": loss}
-        _write_facts(unfinished, model, entry, losses)
+        _write_facts(unfinished, named, entry, losses)
     return loss
 
 
@@ -111,7 +112,7 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
     if number is not None and not any(entry.number == number for entry in entries):
         raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)}, from 0 on")
     complaints: list[str] = []
-    wanted = [entry for entry in entries if number in (None, entry.number)]
+    wanted = [entry for entry in entries if number in (None, entry.number) and entry.best]
     found = _lowest_intact(wanted, place, complaints.append)
     if found is None:
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]
@@ -126,14 +127,31 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
 
 
 def push(directory: Path, repo: str) -> str:
-    """Upload a directory to a repository of the Hub, which is made, private, when there is none; returns its address.
+    """Upload a directory to a repository of the Hub, which is made, private, when there is none.
+
+    Returns its address, and who sees it.
 
     Raises OSError when the Hub does not answer or does not allow it.
     """
     api = HfApi()
-    url = api.create_repo(repo, private=True, exist_ok=True)
-    api.upload_folder(repo_id=url.repo_id, folder_path=directory)
-    return str(url)
+    try:
+        url = api.create_repo(repo, private=True, exist_ok=True)
+        seen = "private" if api.repo_info(url.repo_id).private else "public"
+        api.upload_folder(repo_id=url.repo_id, folder_path=directory)
+    except Exception as error:  # the Hub's client has errors of its own, of its HTTP library, and of the system
+        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    return f"{url}, which is {seen}"
+
+
+def without_paths(directory: Path) -> None:
+    """Take this machine's directories out of an exported adapter or model: of a local base its name stays."""
+    for file in (directory / "sweep.json", directory / "adapter_config.json"):
+        if file.exists():
+            facts = json.loads(file.read_text())
+            for key in ("model", "base_model_name_or_path"):
+                if key in facts and not data.is_hub_id(facts[key]):
+                    facts[key] = Path(facts[key]).name
+            file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 class NotKept(Exception):
@@ -143,12 +161,12 @@ class NotKept(Exception):
 @contextmanager
 def _replacing(to: Path) -> Iterator[Path]:
     """A new directory that takes the place of `to` when it is done."""
-    unfinished = to.with_name(f".{to.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    shutil.rmtree(to, ignore_errors=True)
-    unfinished.rename(to)
+    with TemporaryDirectory(prefix=f".{to.name}.", dir=to.absolute().parent) as scratch:
+        unfinished = Path(scratch) / to.name
+        unfinished.mkdir()
+        yield unfinished
+        shutil.rmtree(to, ignore_errors=True)
+        unfinished.rename(to)
 
 
 def _write_facts(directory: Path, model: str, entry: Entry, numbers: Mapping[str, Any]) -> None:

@@ -108,15 +108,25 @@ def show(console: Console, spec: SweepSpec) -> None:
             say("trials", _trials(spec))
             shapes = memory.shapes(spec.model)
             say("base", _base(memory, spec.model, configs, shapes.parameters))
-            lightest, heaviest = min(configs, key=by_memory), max(configs, key=by_memory)
+            candidates = [
+                *sorted(configs, key=by_memory)[-3:],
+                max(configs, key=lambda config: memory.size(spec.model, config)),
+            ]
             needed = {
-                name: (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config)))
-                for name, config in {"lightest": lightest, "heaviest": heaviest}.items()
+                name: max(
+                    (
+                        (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config)))
+                        for config in those
+                    ),
+                    key=lambda each: each[1].total,
+                )
+                for name, those in {"lightest": [min(configs, key=by_memory)], "heaviest": candidates}.items()
             }
             device, room = memory.this_device()
             say("memory", _room(needed["heaviest"][1], device, room))
             console.print(_memory(needed, spec.space.searched))
-            say("disk", _disk(spec, needed["heaviest"][1], prepared.path))
+            largest = max(memory.trained_bytes(spec.model, config) for config in configs)
+            say("disk", _disk(spec, largest, needed["heaviest"][1].base, prepared.path))
     say("first", ["as long as no loss is known, these are tried:"])
     console.print(_configurations(spec))
 
@@ -135,7 +145,8 @@ def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterato
         steps = budget.total_steps(rows, batch_size)
         at = budget.evaluation_steps(steps)
         shown = ", ".join(map(str, at if len(at) < 6 else [*at[:3], "…", at[-1]]))
-        yield f"{steps:,} of {batch_size} rows are {steps * batch_size / rows:.2f} epochs; validation after {shown}"
+        epochs = steps / -(-rows // batch_size)
+        yield f"{steps:,} of {batch_size} rows are {epochs:.2f} epochs; validation after {shown}"
 
 
 def _trials(spec: SweepSpec) -> Iterator[str]:
@@ -178,13 +189,12 @@ def _room(heaviest: Any, device: str, room: int) -> Iterator[str]:
         )
 
 
-def _disk(spec: SweepSpec, heaviest: Any, tokens: Path) -> Iterator[str]:
+def _disk(spec: SweepSpec, checkpoint: int, base: int, tokens: Path) -> Iterator[str]:
     """Each running trial has up to three checkpoints, of an adapter in fp32 and its moments."""
     of_tokens = sum(file.stat().st_size for file in tokens.rglob("*") if file.is_file())
-    checkpoint = heaviest.optimizer  # weights take what the gradient takes
     yield (
         f"a checkpoint takes {checkpoint / 1e6:,.1f} MB at most; {spec.checkpoint.keep} are kept of trials that ended,"
-        f" up to three of each that runs; tokens {of_tokens / 1e6:,.1f} MB; a base {heaviest.base / 1e6:,.1f} MB"
+        f" up to three of each that runs; tokens {of_tokens / 1e6:,.1f} MB; a base {base / 1e6:,.1f} MB"
     )
 
 

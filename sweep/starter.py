@@ -38,9 +38,11 @@ def starter(model: str, train: str, directory: Path) -> str:
         parameters = memory.shapes(model).parameters
         device, room = memory.this_device()
         on_gpu = device != "a CPU"
-        config = QLoRAConfig(r=HIGHEST_RANK, batch_size=8 if count < 2000 else 16)
+        dtype = memory.compute_dtype()
+        config = QLoRAConfig(r=HIGHEST_RANK, batch_size=8 if count < 2000 else 16, compute_dtype=dtype)
         batch = largest_micro_batch(tokens, config)
-        config = _fitting(memory, model, config, min(batch[1], max_length), batch[2] / batch[0], int(SHARE * room))
+        width = min(batch[1], max_length)
+        config = _fitting(memory, model, config, width, min(batch[2] / batch[0], width - 1), int(SHARE * room))
     epochs = 3 if count < 2000 else 2 if count < 20000 else 1
     large, small = parameters > 30e9, parameters < 1e9
     if small:
@@ -55,7 +57,7 @@ def starter(model: str, train: str, directory: Path) -> str:
 # A start for {Path(model).name} on {Path(train).name}: {count:,} rows, the longest has {longest:,} tokens; {device}.
 # Sources: [QLoRA] Dettmers et al. 2023, arXiv:2305.14314; [LoRA] Hu et al. 2021, arXiv:2106.09685.
 
-name: {re.sub("[^A-Za-z0-9_-]+", "-", Path(train).stem).strip("-") or "sweep"}
+name: {json.dumps(re.sub("[^A-Za-z0-9_-]+", "-", Path(train).stem).strip("-") or "sweep")}
 model: {_from(directory, model)}
 data:
   train: {_from(directory, train)}
@@ -79,8 +81,8 @@ space:
   dropout: {{values: [0.0, 0.05, 0.1]}}
   # [QLoRA] found nf4 better than fp4 throughout; searched to confirm it on this model.
   quant_type: {{values: [nf4, fp4]}}
-  # fixed: bf16 has the range of fp32 and is faster on GPUs; {{values: [bf16, fp32]}} searches it.
-  compute_dtype: bf16
+  # fixed: bf16 has the range of fp32 and is faster on GPUs that have it; {{values: [bf16, fp32]}} searches it.
+  compute_dtype: {dtype}
   # fixed: [QLoRA] trained 7B to 13B with 16 rows a step; fewer where rows are few.
   batch_size: {config.batch_size}
   # fixed: what fits into {room / 1e9:.0f} GB with the longest rows and the highest rank.

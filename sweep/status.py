@@ -13,7 +13,7 @@ from sweep import spec as specs
 from sweep.place import Place
 from sweep.progress import STATES, overview
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import Entry, Ledger, ranking, read_journal
+from sweep.study import Entry, Ledger, ranking, read_journal, read_url
 
 
 class NoSweep(Exception):
@@ -48,14 +48,15 @@ def look(directory: str, ledger: str | None = None) -> Status:
     except (SpecError, OSError, ValueError) as error:
         if paths.spec.exists():
             raise NoSweep(f"{place.url}: its space.yaml cannot be read: {error}") from error
+        why = f" ({error})" if place.is_remote else ""
         raise NoSweep(
-            f"{place.url} holds no sweep; name the directory of one, which has a space.yaml, like sweeps/pricer"
+            f"{place.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer"
         ) from error
     url = ledger or recorded.ledger
-    if url and ":***@" in url:
+    if url and "***" in url:
         raise NoSweep(f"{place.url}: its ledger is {url}; give the URL with its password: --ledger URL")
     try:
-        study = Ledger.at_url(url, recorded.name) if url else read_journal(paths.ledger, recorded.name)
+        study = read_url(url, recorded.name) if url else read_journal(paths.ledger, recorded.name)
     except FileNotFoundError as error:
         raise NoSweep(f"{place.url} has no ledger: its driver has not begun, or {paths.ledger} was moved") from error
     except Exception as error:  # whatever a database's driver raises

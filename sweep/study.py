@@ -20,6 +20,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 
 from sweep.space import Space
 from trainables.config import QLoRAConfig
@@ -252,6 +253,17 @@ def read_journal(path: Path, name: str) -> Ledger:
     storage = JournalStorage(_Snapshot([json.loads(line) for line in _whole_lines(path).splitlines()]))
     if not any(study.study_name == name for study in storage.get_all_studies()):
         raise ValueError(f"{path} knows no sweep called {name}")
+    return Ledger(storage, name)
+
+
+def read_url(url: str, name: str) -> Ledger:
+    """The ledger in a database, to be read. Raises ValueError when that knows no sweep of this name; none is made."""
+    file = make_url(url).database if url.startswith("sqlite") else None
+    if file and not Path(file).exists():
+        raise ValueError(f"there is no file {file}, seen from {Path.cwd()}")
+    storage = optuna.storages.get_storage(url)
+    if not any(study.study_name == name for study in storage.get_all_studies()):
+        raise ValueError(f"the database knows no sweep called {name}")
     return Ledger(storage, name)
 
 

@@ -32,6 +32,7 @@ def environment(**variables: str) -> dict[str, str]:
     return (
         clean
         | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        | {"RAY_worker_niceness": "0"}  # also for nodes that tests start
         | variables
     )
 

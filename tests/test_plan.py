@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import Gemma2Config, GPT2Config
 
 from sweep.plan import largest_micro_batch, survivors
 from sweep.spec import EarlyStopping
@@ -101,6 +102,18 @@ def test_bytes_of_activations(models, inputs, tmp_path, name):
         models[name], config.model_copy(update={"gradient_checkpointing": True}), count, width, labels
     )
     assert recomputed.activations < told.activations
+
+
+def test_models_of_other_kinds(tmp_path):
+    """Attention that is no kernel of torch's; linear layers that are called otherwise."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    gemma = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    gpt2 = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    for config, layers in ((gemma, 14), (gpt2, 8)):
+        config.save_pretrained(tmp_path / config.model_type)
+        model = str(tmp_path / config.model_type)
+        assert len(memory.shapes(model).layers) == layers
+        assert memory.estimate(model, QLoRAConfig(r=8), 2, 16, 10).activations > 0
 
 
 def test_who_reaches_which_evaluation():

@@ -25,14 +25,14 @@ def init(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_written_runs(inputs, tmp_path):
-    shutil.copy(inputs / "train.jsonl", tmp_path / "train: rows #1.jsonl")
-    told = init(tmp_path, str(inputs / "llama"), "train: rows #1.jsonl")
+    shutil.copy(inputs / "train.jsonl", tmp_path / "2024.jsonl")
+    told = init(tmp_path, str(inputs / "llama"), "2024.jsonl")
     assert told.returncode == 0, told.stderr
     assert "python -m sweep plan space.yaml" in told.stdout
     text = (tmp_path / "space.yaml").read_text()
     assert "64 rows, the longest has" in text
     assert "gradient_checkpointing: false" in text
-    again = init(tmp_path, str(inputs / "llama"), "train: rows #1.jsonl")
+    again = init(tmp_path, str(inputs / "llama"), "2024.jsonl")
     assert again.returncode == 2
     assert "space.yaml is there already" in again.stderr
     assert (tmp_path / "space.yaml").read_text() == text
@@ -40,7 +40,7 @@ def test_what_is_written_runs(inputs, tmp_path):
     done = sweeps.run(tmp_path / "space.yaml", *quick)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trial 000" in done.stdout
-    assert (tmp_path / "sweeps/train-rows-1/best/adapter_model.safetensors").exists()
+    assert (tmp_path / "sweeps/2024/best/adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

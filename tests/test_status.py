@@ -79,6 +79,13 @@ def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
     assert "Traceback" not in told.stderr
 
 
+def test_asking_makes_no_database(undisturbed, tmp_path):
+    told = status(undisturbed[0].parent / "sweeps/toy", "--ledger", f"sqlite:///{tmp_path}/typo.db")
+    assert told.returncode == 2
+    assert "there is no file" in told.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bars_are_shares_of_what_lies_below():
     scale = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 90.0]
     assert sparkline([90.0, 1.6, 1.3, 1.0], scale) == "█▇▄▁"

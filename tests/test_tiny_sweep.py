@@ -211,11 +211,11 @@ def test_changed_files_are_named_and_refused(inputs, tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
 
 
-def export(space: Path, directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def export(space: Path, directory: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "sweep", "export", str(space.parent / "sweeps/tiny"), *options],
         cwd=directory,
-        env=sweeps.environment(),
+        env=sweeps.environment(**variables),
         capture_output=True,
         text=True,
         timeout=120,
@@ -226,7 +226,8 @@ def test_adapters_are_taken_home(undisturbed, tmp_path):
     """The best one, and any other that is kept; the Hub, which is out of reach here, is told of at the end."""
     space, _, entries = undisturbed
     winner, second = ranking(entries)[:2]
-    told = export(space, tmp_path, "--push-to", "somebody/tiny")
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    told = export(space, tmp_path, "--push-to", "somebody/tiny", **away)
     assert told.returncode == 1
     assert "--push-to somebody/tiny: " in told.stderr
     assert "Traceback" not in told.stderr
@@ -234,9 +235,12 @@ def test_adapters_are_taken_home(undisturbed, tmp_path):
     best, home = space.parent / "sweeps/tiny/best", tmp_path / f"tiny-{winner.number:03d}"
     files = {file.name for file in best.iterdir()}
     assert {file.name for file in home.iterdir()} == files
-    for name in files - {"README.md"}:  # which names the directory
+    for name in files - {"README.md", "sweep.json", "adapter_config.json"}:  # which name directories of this machine
         assert (home / name).read_bytes() == (best / name).read_bytes()
     assert f'"tiny-{winner.number:03d}"' in (home / "README.md").read_text()
+    for name in files:
+        assert str(Path(load(space).model).parent).encode() not in (home / name).read_bytes(), name
+    assert json.loads((home / "sweep.json").read_text())["model"] == "llama"
 
     told = export(space, tmp_path, "--trial", str(second.number))
     assert told.returncode == 0, told.stderr
@@ -284,7 +288,8 @@ def test_what_cannot_be_taken_home(undisturbed, tmp_path):
     told = export(space, tmp_path, "--trial", str(last.number))  # `checkpoint.keep` is 3
     assert told.returncode == 2
     assert f"trial {last.number} no longer has an intact checkpoint of an evaluation" in told.stderr
-    (tmp_path / f"tiny-{ranking(entries)[0].number:03d}").mkdir()
+    (tmp_path / f"tiny-{ranking(entries)[0].number:03d}").symlink_to("somewhere")
     told = export(space, tmp_path)
     assert told.returncode == 2
-    assert "is there, and not from an export" in told.stderr
+    assert "is there already; move it away" in told.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [f"tiny-{ranking(entries)[0].number:03d}"]

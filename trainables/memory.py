@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from trainables.config import ComputeDtype, QLoRAConfig, QuantType
-from trainables.model import DTYPES, device, memory_of, targets
+from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
 from trainables.packed.base import LOGITS_AT_ONCE, Batch, label_losses
 from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
@@ -102,6 +103,11 @@ def this_device() -> tuple[str, int]:
     return torch.cuda.get_device_name(on) if on.type == "cuda" else "a CPU", memory_of(on)
 
 
+def compute_dtype() -> ComputeDtype:
+    """bf16 where this device has it."""
+    return "bf16" if device().type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int) -> Memory:
     """Of a trial whose largest micro-batch has so many rows of so many tokens, with so many labels in all.
 
@@ -109,10 +115,7 @@ def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int
     """
     found = shapes(model)
     adapted = targets(found.layers, model, config.target_modules)
-    size = sum(config.r * (inputs + outputs) for _, inputs, outputs in adapted.values())
-    dtype = DTYPES[config.compute_dtype]
-    # A moment in 8 bits has a constant of 32 bits for each 256.
-    moments = 8 * size if config.optimizer == "adamw" else 2 * size + 2 * size // 64
+    dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype)
     kept = _kept(model, config.compute_dtype, config.r, tuple(adapted), rows, width, labels)
     if config.gradient_checkpointing:  # the input of each block, and all of the one that is computed again
         kept = kept // found.blocks + found.blocks * rows * width * found.width * dtype.itemsize
@@ -120,16 +123,29 @@ def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int
     # Logits and their gradient in the model's data type; in fp32 those, and the gradient, of which a loss is taken.
     logits = found.vocabulary * (2 * labels * dtype.itemsize + 2 * at_once * 4)
     layer = max(
-        dtype.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
+        of_products.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
         for _, inputs, outputs in found.layers.values()
     )
     return Memory(
         base=base_bytes(model, config.quant_type, config.compute_dtype, config.double_quant),
-        adapter=size * (4 + dtype.itemsize),
-        optimizer=4 * size + moments,
+        adapter=size(model, config) * (4 + of_products.itemsize),
+        optimizer=trained_bytes(model, config),
         activations=kept,
         passing=max(logits, layer),
     )
+
+
+def size(model: str, config: QLoRAConfig) -> int:
+    """Parameters of the adapter."""
+    adapted = targets(shapes(model).layers, model, config.target_modules)
+    return sum(config.r * (inputs + outputs) for _, inputs, outputs in adapted.values())
+
+
+def trained_bytes(model: str, config: QLoRAConfig) -> int:
+    """Of gradient and moments; in a checkpoint the weights, in fp32, take the place of the gradient."""
+    # A moment in 8 bits has a constant of 32 bits for each 256.
+    moments = 8.0 if config.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    return int((4 + moments) * size(model, config))
 
 
 @cache
@@ -137,18 +153,19 @@ def _kept(
     model: str, compute_dtype: ComputeDtype, r: int, adapted: tuple[int, ...], rows: int, width: int, labels: int
 ) -> int:
     """Bytes that autograd keeps of a forward pass of one micro-batch, the weights of the model left aside."""
-    dtype = DTYPES[compute_dtype]
+    dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
     with FakeTensorMode():
         skeleton, linear = _on("cpu", model, dtype)
         skeleton.requires_grad_(False).train(False)
-        skeleton.set_attn_implementation(UNMASKED)
+        if skeleton.config._attn_implementation == "sdpa":
+            skeleton.set_attn_implementation(UNMASKED)
         plan = Plan(torch.zeros((), requires_grad=True))
         stacked: dict[int, LowRank] = {}
         for number, (name, layer) in enumerate(linear.items()):
-            skeleton.set_submodule(name, _Dense(layer, name, number, plan, dtype))
+            skeleton.set_submodule(name, _Dense(layer, name, number, plan, of_products))
             if number in adapted:
-                a = torch.empty(1, r, layer.in_features, dtype=dtype)
-                b = torch.empty(1, layer.out_features, r, dtype=dtype)
+                a = torch.empty(1, r, layer.in_features, dtype=of_products)
+                b = torch.empty(1, layer.out_features, r, dtype=of_products)
                 stacked[number] = LowRank(a, b, a.float(), b.float())
         plan.parts = [Part(slice(0, rows), slice(0, 1), stacked, torch.ones(1, 1, 1), None)]
         plan.shape = rows, width
@@ -172,13 +189,18 @@ class _Dense(PackedLinear):
 
     def weight(self) -> Tensor:
         weight: Tensor = self.replaced.weight
-        return weight
+        return weight.to(self.dtype)
 
 
 def _on(device: str, model: str, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
     """The model without content, and its linear layers but the output head, by name."""
     with torch.device(device):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+        for name, layer in list(skeleton.named_modules()):
+            if isinstance(layer, Conv1D):  # GPT-2's, a linear layer that is quantised as any other
+                skeleton.set_submodule(name, torch.nn.Linear(layer.nx, layer.nf, dtype=dtype))
     head = skeleton.get_output_embeddings()
     linear = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    if not linear:
+        raise ValueError(f"{model} has no linear layers that could be quantised")
     return skeleton, linear

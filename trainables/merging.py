@@ -11,16 +11,30 @@ from trainables import data, model
 from trainables.packed.base import collate, label_losses
 from trainables.qlora_sft import EVALUATION_TOKENS, rows_of_evaluation
 
+SHARE = 0.8
+"""Of a device's free memory that the merged model may take to be scored there."""
+
 
 def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
     """Write the model `base` with the adapter in a directory, in bf16, to another one.
 
-    Returns the mean cross-entropy per supervised token of the validation rows of `tokens`, the sweep's.
+    It is made in the host's memory: the device may have room for the base in 4 bits alone. Raises ValueError when it
+    cannot be merged. Returns the mean cross-entropy per supervised token of the validation rows of `tokens`, which are
+    the sweep's.
     """
-    on = model.device()
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": on})
-    merged = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload(safe_merge=True).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
+    if getattr(loaded, "is_quantized", False):
+        raise ValueError(
+            f"{base} is stored quantised, and nothing can be added to its weights; merge into unquantised ones"
+        )
+    merged = (
+        PeftModel.from_pretrained(loaded, str(adapter), torch_device="cpu").merge_and_unload(safe_merge=True).eval()
+    )
     merged.save_pretrained(to)
+    on = model.device()
+    if on.type == "cuda" and merged.get_memory_footprint() > SHARE * torch.cuda.mem_get_info(on)[0]:
+        on = torch.device("cpu")
+    merged.to(on)
     if on.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         model.multiply_bf16_in_fp32()
     rows = data.load(tokens)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from trainables import base_cache
 from trainables.config import ComputeDtype, QuantType
@@ -69,10 +70,9 @@ def check_compute_dtype(compute_dtype: ComputeDtype) -> None:
 
 def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> Base:
     check_compute_dtype(compute_dtype)
-    in_fp32 = compute_dtype == "bf16" and device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if in_fp32:
+    dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
+    if of_products != dtype:
         multiply_bf16_in_fp32()
-    dtype = DTYPES[compute_dtype]
     notes: list[str] = []
     cached = base_cache.locate(model, notes.append, quant_type, compute_dtype, double_quant, _kind())
     loaded = None if cached is None else cached.read(_read)
@@ -102,7 +102,14 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
     loaded.requires_grad_(False).train(False)
-    return Base(loaded, torch.float32 if in_fp32 else dtype, notes)
+    return Base(loaded, of_products, notes)
+
+
+def product_dtype(compute_dtype: ComputeDtype) -> torch.dtype:
+    """In which products are taken on this device, see `multiply_bf16_in_fp32`."""
+    on_cpu = device().type == "cpu"
+    slow = compute_dtype == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else DTYPES[compute_dtype]
 
 
 def _read(directory: Path) -> PreTrainedModel:
@@ -197,7 +204,8 @@ def check_target_modules(model: str, layers: Iterable[tuple[str, ...]]) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head = skeleton.get_output_embeddings()
-    linear = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    kinds = torch.nn.Linear, Conv1D
+    linear = [n for n, m in skeleton.named_modules() if isinstance(m, kinds) and m is not head]
     for names in layers:
         _check_names(linear, model, names)
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from bitsandbytes.functional import name2qmap, quantize_4bit
+from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -89,13 +88,13 @@ def base_bytes(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, d
     skeleton, linear = _on("meta", model, DTYPES[compute_dtype])
     quantised = {id(layer.weight) for layer in linear.values()}
     held: int = sum(weight.nbytes for weight in skeleton.parameters() if id(weight) not in quantised)
-    with patch.dict(name2qmap):  # bitsandbytes keeps the first map that it makes, be it without content
-        for layer in linear.values():
-            packed, state = quantize_4bit(
-                layer.weight.data, blocksize=BLOCK, quant_type=quant_type, compress_statistics=double_quant
-            )
-            held += packed.nbytes
-            held += sum(each.absmax.nbytes + each.code.nbytes for each in (state, state.state2) if each is not None)
+    name2qmap.setdefault("dynamic", create_dynamic_map())  # bitsandbytes would keep one without content
+    for layer in linear.values():
+        packed, state = quantize_4bit(
+            layer.weight.data, blocksize=BLOCK, quant_type=quant_type, compress_statistics=double_quant
+        )
+        held += packed.nbytes
+        held += sum(each.absmax.nbytes + each.code.nbytes for each in (state, state.state2) if each is not None)
     return held
 
 

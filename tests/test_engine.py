@@ -147,6 +147,7 @@ def test_a_trial_goes_on_up_to_its_evaluation_and_no_further(engine, tiny):
 def test_what_is_held_and_saved_goes_on_elsewhere(engine, tiny, tmp_path):
     job = replace(tiny, budget=steps(16, 1))
     each = config(dropout=0.1)
+    training, validation = curve(each, job)  # before the engine's thread uses the base
     engine.start("a", 0, each, job, None)
     engine.start("b", 1, config(seed=9), job, None)
     done = list(engine.advance("a", 0.2)[0].steps)
@@ -157,7 +158,6 @@ def test_what_is_held_and_saved_goes_on_elsewhere(engine, tiny, tmp_path):
     time.sleep(0.5)
     assert engine.hold("a").steps == ()  # it waits, while the other goes on
     engine.close("a")
-    training, validation = curve(each, job)
     assert losses(done) == pytest.approx(training[: len(done)], abs=1e-5)
     rest, ended = drive(engine, 0, each, job, written)
     assert losses(done + rest) == pytest.approx(training, abs=1e-5)

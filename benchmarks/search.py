@@ -1,7 +1,7 @@
 """How much data does a search train on before it has found a good configuration?
 
     python -m sweep run benchmarks/curves.yaml              # hours: every configuration of a small space
-    python -m benchmarks.search --record sweeps/curves      # writes its validation losses to benchmarks/curves.json
+    python -m benchmarks.search --record sweeps/curves      # adds its validation losses to benchmarks/curves.json
     python -m benchmarks.search --seeds 20                  # replays searches on that file, in a minute or two
 
 Replayed are random search, Optuna's TPESampler as it comes, this project (its sampler on its ledger, with its early
@@ -21,9 +21,7 @@ import argparse
 import json
 import os
 import random
-import shutil
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +41,7 @@ from sweep import spec
 from sweep.early_stopping import rungs, settle
 from sweep.paths import SweepPaths
 from sweep.space import Space
-from sweep.study import Ledger, SpaceExhausted, open_journal, propose
+from sweep.study import Ledger, SpaceExhausted, propose, read_journal
 from trainables.config import QLoRAConfig
 
 SPEC = Path(__file__).with_name("curves.yaml")
@@ -188,41 +186,36 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def record(root: Path, target: Path) -> None:
-    """Write the curves of a finished sweep to a file, a line for each configuration."""
+    """Add the curves of a sweep that were trained to their end to a file, a line for each configuration.
+
+    So a record may be made in parts, by sweeps over parts of the space. Raises SystemExit when they were trained on
+    something else than those in the file.
+    """
     paths = SweepPaths(root)
     if not paths.ledger.exists():
         raise SystemExit(f"{root} holds no sweep with a ledger; train one: python -m sweep run benchmarks/curves.yaml")
     recorded = spec.load(paths.spec, inputs=False)
-    with tempfile.TemporaryDirectory() as directory:
-        # A copy: to open a ledger mends it, which is for its driver to do.
-        ledger = open_journal(Path(shutil.copy(paths.ledger, directory)), recorded.name)
-        entries, versions = ledger.entries(), ledger.noted("environment")
-    whole = {
-        point(entry.config): entry
-        for entry in entries
-        if entry.state is TrialState.COMPLETE and entry.reported == EVALUATIONS
-    }
-    wanted = points(spec.load(SPEC, inputs=False).space)
-    if whole.keys() != set(wanted):
-        done = len(whole.keys() & set(wanted))
-        raise SystemExit(
-            f"{root}: {done} of the {len(wanted)} configurations of {SPEC.name} are trained to the end; the same"
-            " command goes on with it: python -m sweep run benchmarks/curves.yaml"
-        )
+    ledger = read_journal(paths.ledger, recorded.name)
+    versions = {name: number for name, number in ledger.noted("environment").items() if name != "git commit"}
     head = {
-        "date": max(str(entry.trial.datetime_complete) for entry in whole.values())[:10],
         "command": "python -m sweep run benchmarks/curves.yaml",
         "model": Path(recorded.model or recorded.trainable).name,
+        "inputs": ledger.noted("inputs"),
         "versions": versions,
     }
-    rows = [
-        dict(zip(SEARCHED, each, strict=True))
-        | {"losses": [round(whole[each].losses[number], 6) for number in range(1, EVALUATIONS + 1)]}
-        for each in wanted
-    ]
+    known = json.loads(target.read_text()) if target.exists() else {**head, "curves": []}
+    if differing := [name for name in head if head[name] != known[name]]:
+        raise SystemExit(f"{root}: {', '.join(differing)} differ from those of {target}; record to another file")
+    curves = {tuple(row[name] for name in SEARCHED): row["losses"] for row in known["curves"]}
+    for entry in ledger.entries():
+        if entry.state is TrialState.COMPLETE and entry.reported == EVALUATIONS:
+            losses = [round(entry.losses[number], 6) for number in range(1, EVALUATIONS + 1)]
+            curves[point(entry.config)] = losses
+    wanted = points(spec.load(SPEC, inputs=False).space)
+    rows = [dict(zip(SEARCHED, each, strict=True)) | {"losses": curves[each]} for each in wanted if each in curves]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     target.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "curves": [\n{lines}\n ]\n}}\n')
-    print(f"{target.name}: {len(rows)} curves of {EVALUATIONS} validation losses")
+    print(f"{target.name}: {len(rows)} of {len(wanted)} curves of {EVALUATIONS} validation losses")
 
 
 def compare(file: Path, seeds: int, concurrency: int) -> None:
@@ -233,6 +226,11 @@ def compare(file: Path, seeds: int, concurrency: int) -> None:
         tuple(row[name] for name in SEARCHED): row["losses"] for row in recorded["curves"]
     }
     space = spec.load(SPEC, inputs=False).space
+    if lacking := len(set(points(space)) - curves.keys()):
+        raise SystemExit(
+            f"{file.name} lacks {lacking} configurations of {SPEC.name}; train them: python -m sweep run"
+            " benchmarks/curves.yaml, and add them: python -m benchmarks.search --record sweeps/curves"
+        )
     seen = {
         name: [replay(*search(space, seed), curves, concurrency) for seed in range(seeds)]
         for name, search in SEARCHES.items()
@@ -242,7 +240,7 @@ def compare(file: Path, seeds: int, concurrency: int) -> None:
     needs = {name: [[need(losses, to) for losses in runs] for to in (good, best)] for name, runs in seen.items()}
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray", "optuna", "qlora-sweep"))
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {packages}")
-    print(f"{len(curves)} curves of {recorded['model']}, recorded {recorded['date']}")
+    print(f"{len(curves)} curves of {recorded['model']}")
     print(f"{seeds} seeds, {concurrency} trials side by side; data needed, in budgets of one trial, until a loss is at")
     print(f"  good  {good:.6f}, what random search has after {BUDGET} trials (median over the seeds)")
     print(f"  best  {best:.6f}, the lowest of all")
@@ -265,7 +263,9 @@ def cells(needs: Sequence[Need]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, metavar="SWEEP", help="directory of the finished sweep")
+    parser.add_argument(
+        "--record", type=Path, metavar="SWEEP", help="directory of a sweep over that space, or a part of it"
+    )
     parser.add_argument("--curves", type=Path, default=CURVES, help="file to write to or to replay")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--concurrency", type=int, default=4)

@@ -694,8 +694,6 @@ class _Tokenised:
 
 def _tokenise(splits: dict[str, _Split], tokenizer_files: Path, save_to: Path) -> _Tokenised:
     """What a stock SFTTrainer makes of the rows; the tokenizer is saved to `save_to` as it was loaded."""
-    # TRL brings bitsandbytes along, which warns that it lacks a kernel for 4-bit layers: there are none here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     from jinja2 import TemplateError
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

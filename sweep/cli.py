@@ -23,6 +23,13 @@ app = typer.Typer(
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 
+SweepDirectory = Annotated[
+    str, typer.Argument(help="A sweep's directory, like sweeps/pricer, or its s3:// URL.", show_default=False)
+]
+LedgerUrl = Annotated[
+    str | None, typer.Option(help="URL of its database, when that needs a password.", show_default=False)
+]
+
 
 @app.callback()
 def _verbs() -> None:
@@ -207,13 +214,9 @@ def sync(
 
 @app.command()
 def status(
-    sweep: Annotated[
-        str, typer.Argument(help="A sweep's directory, like sweeps/pricer, or its s3:// URL.", show_default=False)
-    ],
+    sweep: SweepDirectory,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, for programs.")] = False,
-    ledger: Annotated[
-        str | None, typer.Option(help="URL of its database, when that needs a password.", show_default=False)
-    ] = None,
+    ledger: LedgerUrl = None,
 ) -> None:
     """Show how a sweep stands, from another terminal or long after.
 
@@ -237,9 +240,7 @@ def status(
 
 @app.command()
 def export(
-    sweep: Annotated[
-        str, typer.Argument(help="A sweep's directory, like sweeps/pricer, or its s3:// URL.", show_default=False)
-    ],
+    sweep: SweepDirectory,
     trial: Annotated[
         int | None, typer.Option(help="Number of the trial; the best one unless given.", show_default=False)
     ] = None,
@@ -249,9 +250,7 @@ def export(
     push_to: Annotated[
         str | None, typer.Option(help="Repository of the Hub to upload it to, made private if new.", show_default=False)
     ] = None,
-    ledger: Annotated[
-        str | None, typer.Option(help="URL of its database, when that needs a password.", show_default=False)
-    ] = None,
+    ledger: LedgerUrl = None,
 ) -> None:
     """Take a trial home: its adapter, or the merged model, with tokenizer and model card, in the working directory.
 
@@ -262,46 +261,74 @@ def export(
     """
     from sweep import export as exports
     from sweep import status as statuses
-    from trainables.data import SUMMARY, TOKENIZER, is_hub_id, model_hash
 
     try:
-        found = statuses.look(sweep, ledger)
-        model = found.spec.model
-        if model is None:
-            raise exports.NotKept(f"{found.place.url}: a toy has nothing to take home")
-        entry, best = exports.chosen(found.place, found.entries, trial)
-        to = Path(f"{found.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
-        if to.exists() or to.is_symlink():
-            raise exports.NotKept(f"{to} is there already; move it away, or export in another directory")
-        tokenised = sorted(found.place.paths.tokens.glob(f"*/{SUMMARY}"), key=lambda file: file.stat().st_mtime)
-        if not tokenised:
-            raise exports.NotKept(f"{found.place.url}: its tokens are not on this machine; export it where it ran")
-        tokens = tokenised[-1].parent
-        if merge and model_hash(model) != found.ledger.noted("inputs")["model"]:
-            raise exports.NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
-        named = Path(model).name if push_to and not is_hub_id(model) else model  # no path of this machine
-        if merge:
-            loss = exports.export_merged(found.ledger, to, model, named, tokens, entry, best)
-            told = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
-        else:
-            exports.export(found.ledger, to, named, tokens / TOKENIZER, entry, best)
-            told = f"validation loss {best.loss:.4f}"
-        if push_to:
-            exports.without_paths(to)
+        home = exports.take_home(statuses.look(sweep, ledger), trial, merge=merge, public=push_to is not None)
     except (statuses.NoSweep, exports.NotKept, ValueError) as error:
         raise typer.Exit(_wrong_input(error)) from error
     except (OSError, RuntimeError, MemoryError) as error:  # a disk that is full, memory that is not enough
         print(f"{sweep}: nothing was exported: {type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
-    print(f"{to} has trial {entry.number} as it was after step {best.step}: {told}. Its README.md says how to load it.")
+    where = f"{home.directory} has trial {home.trial} as it was after step {home.step}"
+    print(f"{where}: {home.losses}. Its README.md says how to load it.")
     if push_to is not None:
         try:
-            print(f"Uploaded to {exports.push(to, push_to)}")
+            print(f"Uploaded to {exports.push(home.directory, push_to)}")
         except OSError as error:
-            print(f"--push-to {push_to}: {error}; {to} is complete, upload it later", file=sys.stderr)
+            print(f"--push-to {push_to}: {error}; {home.directory} is complete, upload it later", file=sys.stderr)
             raise typer.Exit(EXIT_FAILED) from error
 
 
-def _wrong_input(error: Exception) -> int:
+@app.command()
+def workspace(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
+    """Lay out the runs of a sweep in its W&B project, as a saved view, or say where that is.
+
+    Example: python -m sweep workspace sweeps/pricer
+
+    Exit codes: 0 the view is there, 1 W&B did not save it,
+    2 wrong input: no sweep there, no run that was uploaded, no usable key.
+    """
+    from sweep import status as statuses
+    from sweep import sync as syncs
+    from sweep import workspace as workspaces
+
+    try:
+        view = workspaces.make_for(statuses.look(sweep, ledger))
+    except (statuses.NoSweep, syncs.Refused) as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    except syncs.Failed as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
+    print(view.url if view.is_new else f"{view.url} is there already; delete the view in W&B to have it made anew")
+
+
+@app.command()
+def dashboard(
+    sweep: SweepDirectory,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0 takes a free one.")] = 8080,
+    ledger: LedgerUrl = None,
+) -> None:
+    """Serve optuna-dashboard on a sweep's ledger, also while it runs; it can change nothing there.
+
+    Example: python -m sweep dashboard sweeps/pricer
+
+    Exit codes: 0 ended with Ctrl-C,
+    2 wrong input: no sweep there, a port that is taken, optuna-dashboard is not installed.
+    """
+    from sweep import dashboard as dashboards
+    from sweep import status as statuses
+
+    try:
+        server = dashboards.server(statuses.look(sweep, ledger), ledger, port)
+    except (statuses.NoSweep, dashboards.NotInstalled) as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    except OSError as error:
+        raise typer.Exit(_wrong_input(f"--port {port}: {error.strerror}; name another one")) from error
+    print(f"http://{dashboards.HOST}:{server.server_port} shows {sweep}. Ctrl-C ends it.", flush=True)
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+def _wrong_input(error: Exception | str) -> int:
     print(error, file=sys.stderr)
     return EXIT_WRONG_INPUT

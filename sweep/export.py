@@ -3,18 +3,42 @@
 import importlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
 from sweep.report import verdict
+from sweep.status import Status
 from sweep.study import Entry, Ledger, ranking
 from trainables import checkpoint, data
+
+LOOK_SECONDS = 5.0
+"""How often the ledger is looked at for a better checkpoint to upload."""
+AGAIN_SECONDS = 60.0
+"""How long the Hub is left alone after an upload failed."""
+LAST_SECONDS = 60.0
+"""How long the end of a sweep waits for an upload."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """What was taken home."""
+
+    directory: Path
+    trial: int
+    step: int
+    """Optimiser steps that it was trained for."""
+    losses: str
+    """Validation losses in words."""
 
 
 def export_best(
@@ -78,11 +102,16 @@ def _exported(place: Place) -> tuple[int, float] | None:
 def export(
     ledger: Ledger, to: Path, model: str, tokenizer: Path | None, entry: Entry, found: checkpoint.Checkpoint
 ) -> None:
-    """Put the adapter of a checkpoint into the directory `to`, as best/ has it; what is there goes when it is done."""
+    """Put the adapter of a checkpoint into the directory `to`, as best/ has it; what is there goes when it is done.
+
+    `model` is what its base is called there.
+    """
     with _replacing(to) as unfinished:
         if tokenizer is not None:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                shutil.copy2(found.path / name, unfinished)
+            shutil.copy2(found.path / "adapter_model.safetensors", unfinished)
+            adapter = json.loads((found.path / "adapter_config.json").read_text())
+            adapter["base_model_name_or_path"] = model
+            (unfinished / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
             shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
             (unfinished / "README.md").write_text(str(model_card(ledger, entry, model, found.step, to.name)))
         _write_facts(unfinished, model, entry, {"step": found.step, "validation_loss": found.loss})
@@ -105,6 +134,34 @@ def export_merged(
         losses = {"step": found.step, "validation_loss": found.loss, "validation_loss_merged": loss}
         _write_facts(unfinished, named, entry, losses)
     return loss
+
+
+def take_home(sweep: Status, number: int | None, *, merge: bool, public: bool) -> Home:
+    """Put the best checkpoint of a trial, or of the sweep, into a new directory here: its adapter, or the merged model.
+
+    With `public` no file names a path of this machine. Raises `NotKept`, and what `merging.merge` does.
+    """
+    model, place = sweep.spec.model, sweep.place
+    if model is None:
+        raise NotKept(f"{place.url}: a toy has nothing to take home")
+    entry, best = chosen(place, sweep.entries, number)
+    to = Path(f"{sweep.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
+    if to.exists() or to.is_symlink():
+        raise NotKept(f"{to} is there already; move it away, or export in another directory")
+    tokenised = sorted(place.paths.tokens.glob(f"*/{data.SUMMARY}"), key=lambda file: file.stat().st_mtime)
+    if not tokenised:
+        raise NotKept(f"{place.url}: its tokens are not on this machine; export it where it ran")
+    tokens = tokenised[-1].parent
+    if merge and data.model_hash(model) != sweep.ledger.noted("inputs")["model"]:
+        raise NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
+    named = without_path(model) if public else model
+    if merge:
+        loss = export_merged(sweep.ledger, to, model, named, tokens, entry, best)
+        losses = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
+    else:
+        export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
+        losses = f"validation loss {best.loss:.4f}"
+    return Home(to, entry.number, best.step, losses)
 
 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
@@ -143,15 +200,78 @@ def push(directory: Path, repo: str) -> str:
     return f"{url}, which is {seen}"
 
 
-def without_paths(directory: Path) -> None:
-    """Take this machine's directories out of an exported adapter or model: of a local base its name stays."""
-    for file in (directory / "sweep.json", directory / "adapter_config.json"):
-        if file.exists():
-            facts = json.loads(file.read_text())
-            for key in ("model", "base_model_name_or_path"):
-                if key in facts and not data.is_hub_id(facts[key]):
-                    facts[key] = Path(facts[key]).name
-            file.write_text(json.dumps(facts, indent=2) + "\n")
+@contextmanager
+def pushing_best(
+    repo: str,
+    ledger: Ledger,
+    place: Place,
+    model: str,
+    tokenizer: Path,
+    note: Callable[[str], object],
+    hurried: Callable[[], bool],
+) -> Iterator[None]:
+    """While the block runs, upload the adapter of the lowest validation loss whenever there is a lower one.
+
+    Nothing waits for it, but the end, unless that is `hurried`. Of those that come while one is uploaded, the last is
+    next. `note` is told where it is, and when it is not.
+    """
+    ended = threading.Event()
+    arguments = (repo, ledger, place, model, tokenizer, note, ended)
+    thread = threading.Thread(target=_push_best, args=arguments, name="push", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if not hurried():
+            thread.join(LAST_SECONDS)
+            if thread.is_alive():
+                note(f"checkpoint.push_to: not done after {LAST_SECONDS:g} s; {_by_hand(place, repo)}")
+
+
+def _push_best(
+    repo: str,
+    ledger: Ledger,
+    place: Place,
+    model: str,
+    tokenizer: Path,
+    note: Callable[[str], object],
+    ended: threading.Event,
+) -> None:
+    """The thread of `pushing_best`: looks until it has `ended`, and then once more."""
+    disable_progress_bars()  # they would be drawn into the live table
+    pushed: object = None
+    rests_until = 0.0  # time.monotonic(), after a failure
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(LOOK_SECONDS)
+        if time.monotonic() < rests_until and not is_last:
+            continue
+        try:
+            entries = ledger.entries()
+            lowest = [(entry.number, entry.best) for entry in ranking(entries)[:1]]
+            if lowest and lowest != pushed:
+                entry, best = chosen(place, entries, None)
+                with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
+                    adapter = Path(scratch) / repo.rpartition("/")[2]
+                    export(ledger, adapter, without_path(model), tokenizer, entry, best)
+                    note(f"The best adapter so far is at {push(adapter, repo)}")
+                pushed, rests_until = lowest, 0.0
+        except Exception as error:  # noqa: BLE001 - it is told; no sweep ends for an upload
+            gave_way = isinstance(error, NotKept | FileNotFoundError)  # the checkpoint, to a better one
+            if is_last or not (gave_way or rests_until):
+                note(f"checkpoint.push_to: {repo} lacks the best adapter ({error}); {_by_hand(place, repo)}")
+            if not gave_way:
+                rests_until = time.monotonic() + AGAIN_SECONDS
+
+
+def _by_hand(place: Place, repo: str) -> str:
+    return f"once the sweep has ended, upload it with: python -m sweep export {place.url} --push-to {repo}"
+
+
+def without_path(model: str) -> str:
+    """What a base model is called elsewhere: its Hub id, or of a directory of this machine the name."""
+    return model if data.is_hub_id(model) else Path(model).name
 
 
 class NotKept(Exception):

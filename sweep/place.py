@@ -8,6 +8,7 @@ whole or not at all. On a file system there is one copy and nothing to do.
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ class Place:
         system, there = self._there(file)
         here = here or file
         here.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = here.with_name(f".{here.name}.{os.getpid()}")
+        unfinished = here.with_name(f".{here.name}.{threading.get_native_id()}")
         copy_files(there, str(unfinished), source_filesystem=system, destination_filesystem=LocalFileSystem())
         unfinished.rename(here)
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 import filelock
 import ray
+from huggingface_hub import get_token
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import engine, export, packing, report, tracking
+from sweep import engine, export, packing, report, sync, tracking, workspace
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
@@ -36,6 +37,7 @@ from sweep.preemption import Drain, draining_after, draining_on_signals, shielde
 from sweep.repair import starting_halvings
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
+from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec
 from sweep.study import ENDED_AS, Entry, Ledger, Proposal, first_params, open_journal, propose, ranking
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
@@ -104,6 +106,10 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     paths = place.paths
     inputs = _check_inputs(spec)
     tracked = _tracking(spec, paths)
+    if spec.checkpoint.push_to and get_token() is None:
+        raise Refused(
+            "checkpoint.push_to: there is no token for the Hub; run `hf auth login`, set HF_TOKEN, or leave it out"
+        )
     if isinstance(spec.packing, Packing) and spec.packing.slots > 1 and not _may_pack(place, address):
         raise Refused(
             f"packing.slots: received {spec.packing.slots}, but with {place.url} the machines of a cluster do not see"
@@ -231,7 +237,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             )
             if not drain():
                 asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
-                _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
+                with _pushing(spec, job, ledger, place, listener, drain):
+                    _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
                 for note in watch.unsaved():
                     listener.note(note)
         if drain.cause != "signal":
@@ -239,6 +246,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 _wait_for_ends(ledger, place)
             end_runs()
         tracking.close(10 + SECONDS_PER_RUN * len(ending) if drain.cause != "signal" else 10)
+        if tracked.mode == "online" and drain.cause not in ("signal", "breakdown"):
+            _lay_out_view(tracked, spec.space, ledger, place, listener)
         for note in tracking.notes():
             listener.note(note)
         if drain.cause not in ("signal", "breakdown"):
@@ -282,6 +291,28 @@ def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
         kept = checkpoint.best(directory) if number in contenders else None
         checkpoint.prune(directory, {kept.path} if kept else set())
         place.prune(directory)
+
+
+def _pushing(
+    spec: SweepSpec, job: Job, ledger: Ledger, place: Place, listener: Listener, drain: Drain
+) -> AbstractContextManager[None]:
+    if spec.checkpoint.push_to is None or spec.model is None:
+        return nullcontext()
+
+    def hurried() -> bool:
+        return drain.cause in ("signal", "breakdown")
+
+    tokenizer = Path(job.tokens) / data.TOKENIZER
+    return export.pushing_best(spec.checkpoint.push_to, ledger, place, spec.model, tokenizer, listener.note, hurried)
+
+
+def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, place: Place, listener: Listener) -> None:
+    try:
+        view = workspace.make(tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space)
+    except (sync.Refused, sync.Failed) as error:
+        listener.note(f"W&B has no view of the sweep ({error}); make it with: python -m sweep workspace {place.url}")
+    else:
+        listener.note(f"The runs are laid out at {view.url}")
 
 
 def _check_inputs(spec: SweepSpec) -> dict[str, str]:

@@ -64,6 +64,12 @@ def _store(text: str) -> str:
     return text
 
 
+def _repository(text: str) -> str:
+    if not HUB_ID.fullmatch(text):
+        raise ValueError("should be a repository of the Hub, such as you/pricer")
+    return text
+
+
 def _whole_above_one(gpus: float) -> float:
     if gpus > 1 and not gpus.is_integer():
         raise ValueError("should be a whole number when it is above 1 (Ray shares single GPUs only)")
@@ -163,6 +169,8 @@ class CheckpointPolicy(Section):
     """Minutes between two checkpoints of a trial, besides those of its best evaluations."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Best ended trials whose checkpoints are kept."""
+    push_to: Annotated[str, AfterValidator(_repository)] | None = None
+    """Repository of the Hub that gets the best adapter whenever there is a better one, made private if new."""
 
 
 class SweepSpec(Section):
@@ -331,6 +339,8 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("resources", "gpus"), f"received {shown(found['resources.gpus'])}, a qlora_sft trial uses at most 1"
         if given("space") and found.get("resources.gpus") == 0 and PAGED in found["space"].values("optimizer"):
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
+    if found.get("trainable") == "toy" and given("checkpoint.push_to"):
+        yield ("checkpoint", "push_to"), f"received {shown(found['checkpoint.push_to'])}, a toy has no adapter"
     if found.get("trainable") == "toy" and found.get("packing.slots", 1) > 1:
         yield ("packing", "slots"), f"received {found['packing.slots']}, only qlora_sft trials are packed"
     if "://" in str(found.get("storage", "")) and "ledger" in found and found["ledger"] is None:

@@ -256,6 +256,11 @@ def read_journal(path: Path, name: str) -> Ledger:
     return Ledger(storage, name)
 
 
+def follow_journal(path: Path) -> BaseStorage:
+    """The journal file at `path` for Optuna's own tools, with all that a driver adds; reading it takes no lock."""
+    return JournalStorage(_Journal(str(path)))
+
+
 def read_url(url: str, name: str) -> Ledger:
     """The ledger in a database, to be read. Raises ValueError when that knows no sweep of this name; none is made."""
     file = make_url(url).database if url.startswith("sqlite") else None

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,7 +61,7 @@ runpy.run_module("wandb", run_name="__main__")
 
 
 class Refused(Exception):
-    """The sweep cannot be uploaded as asked; the message says why and what to do."""
+    """W&B cannot be used as asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Outcome:
     """Runs of which W&B still lacks something, with the reason and what to do."""
 
 
-class _Failed(Exception):
-    """A run cannot be completed now; the message says why and what to do."""
+class Failed(Exception):
+    """It cannot be done now; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,14 @@ def upload(place: Place) -> Outcome:
             " wait until it has ended"
         )
     with _locked(paths):
-        ids = sorted({file.stem.removeprefix("run-") for file in (paths.tracking / "wandb").glob("*run-*/run-*.wandb")})
+        ids = tracking.run_ids(str(paths.tracking))
         files = {run_id: tracking.fragments(str(paths.tracking), run_id) for run_id in ids}
         files = {
             run_id: found for run_id, found in files.items() if not all(tracking.is_synced(file) for file in found)
         }
         if not files:
             return Outcome(len(ids), (), {})
-        server = _Server()
+        server = Server()
         try:
             sent, failed = _send_all(server, paths, files)
         finally:
@@ -152,7 +152,7 @@ def upload(place: Place) -> Outcome:
         return Outcome(len(ids), tuple(sent), failed)
 
 
-def _send_all(server: "_Server", paths: SweepPaths, files: dict[str, list[Path]]) -> tuple[list[str], dict[str, str]]:
+def _send_all(server: "Server", paths: SweepPaths, files: dict[str, list[Path]]) -> tuple[list[str], dict[str, str]]:
     """The runs that were sent; why others were not."""
     sent, failed = [], {}
     runs: dict[str, list[_Fragment]] = {}
@@ -170,7 +170,7 @@ def _send_all(server: "_Server", paths: SweepPaths, files: dict[str, list[Path]]
                 waiting[label] = untouched
             elif was_sent:
                 sent.append(label)
-        except _Failed as error:
+        except Failed as error:
             failed[label] = str(error)
     while waiting:  # a round: one fragment of each run, since none may be sent before its predecessor is there
         logs = _wandb_sync(paths, [untouched[0].file for untouched in waiting.values()])
@@ -180,10 +180,10 @@ def _send_all(server: "_Server", paths: SweepPaths, files: dict[str, list[Path]]
             attempts = runs[label][: runs[label].index(fragment) + 1]
             try:
                 if not _has_arrived(server, attempts, fragment.end, deadline):
-                    raise _Failed(
+                    raise Failed(
                         f"W&B did not take all of {fragment.file.parent.name}; the newest log in {logs} says why"
                     )
-            except _Failed as error:
+            except Failed as error:
                 tracking.mark(fragment.file).unlink(missing_ok=True)
                 failed[label] = str(error)
                 continue
@@ -227,7 +227,7 @@ def _read(files: Sequence[Path]) -> list[_Fragment]:
         try:
             records = tracking.records(file)
         except subprocess.CalledProcessError as error:
-            raise _Failed(
+            raise Failed(
                 f"{file} cannot be read ({error.stderr.strip()}); move {file.parent} away to upload the rest of the run"
             ) from error
         opened = [record["run"] for record in records if record["type"] == "run"]
@@ -263,11 +263,11 @@ def _count(rows: Sequence[Row], served: _Served | None) -> int:
     if served is None or not served.last:
         return 0
     if tracking.STEP not in served.last:
-        raise _Failed("its newest row on W&B does not come from the sweep, so nobody can tell which rows are missing")
+        raise Failed("its newest row on W&B does not come from the sweep, so nobody can tell which rows are missing")
     places, last = [_place(row) for row in rows], _place(served.last)
     count = places.index(last) + 1 if last in places else sum(place <= last for place in places)
     if count > served.lines:
-        raise _Failed(
+        raise Failed(
             f"W&B has {served.lines} of its first {count} rows, and takes none in between any more; upload it as a"
             " run of its own with `wandb sync --include-online --include-synced --id NEW_ID` and its directories"
         )
@@ -285,7 +285,7 @@ def _has_ended(served: _Served, end: End | None) -> bool:
     return all(value is None or served.summary.get(name) == value for name, value in wanted.items())
 
 
-def _has_arrived(server: "_Server", fragments: Sequence[_Fragment], end: End | None, deadline: float) -> bool:
+def _has_arrived(server: "Server", fragments: Sequence[_Fragment], end: End | None, deadline: float) -> bool:
     """Whether the server has all rows of the fragments, the first ones of a run, and how the last of them ended."""
     rows = [row for fragment in fragments for row in fragment.rows]
     while True:
@@ -297,7 +297,7 @@ def _has_arrived(server: "_Server", fragments: Sequence[_Fragment], end: End | N
         time.sleep(0.5)
 
 
-def _complete_begun(server: "_Server", fragments: list[_Fragment]) -> tuple[bool, list[_Fragment]]:
+def _complete_begun(server: "Server", fragments: list[_Fragment]) -> tuple[bool, list[_Fragment]]:
     """Send what the server lacks of those fragments that it has begun to take.
 
     Gives whether something was sent, and the newest fragments, which `wandb sync` can send: the server has nothing of
@@ -323,7 +323,7 @@ def _complete_begun(server: "_Server", fragments: list[_Fragment]) -> tuple[bool
     return bool(missing or lacks_end), untouched
 
 
-def _log(server: "_Server", fragments: Sequence[_Fragment], missing: Sequence[Row]) -> None:
+def _log(server: "Server", fragments: Sequence[_Fragment], missing: Sequence[Row]) -> None:
     """Go on with a run on the server with the rows of the fragments that are missing there."""
     import wandb
 
@@ -348,9 +348,9 @@ def _log(server: "_Server", fragments: Sequence[_Fragment], missing: Sequence[Ro
             raise server.down() from error
         except wandb.Error as error:
             tracking.close()  # the run would be stuck in wandb's process
-            raise _Failed(f"W&B did not take its missing rows ({' '.join(str(error).split())})") from error
+            raise Failed(f"W&B did not take its missing rows ({' '.join(str(error).split())})") from error
     if not _has_arrived(server, fragments, end, time.monotonic() + SETTLE_SECONDS):
-        raise _Failed("W&B did not take all of its missing rows, and wandb gives no reason; try again later")
+        raise Failed("W&B did not take all of its missing rows, and wandb gives no reason; try again later")
 
 
 def _wandb_sync(paths: SweepPaths, files: Sequence[Path]) -> Path:
@@ -376,8 +376,8 @@ def _wandb_sync(paths: SweepPaths, files: Sequence[Path]) -> Path:
     return paths.tracking / "wandb" / "logs"
 
 
-class _Server:
-    """Says what it has of a run. Once it did not answer it is not waited for again."""
+class Server:
+    """W&B, asked with the user's key. Once it did not answer it is not waited for again."""
 
     def __init__(self) -> None:
         """Refused when there is no key that can be used."""
@@ -395,27 +395,37 @@ class _Server:
             raise Refused(f"there is no key for W&B at {self._url}; {_REMEDY}")
         wbauth.set_auth_settings(self._settings, key)
 
-    def down(self) -> _Failed:
+    def down(self) -> Failed:
         """To be raised when it does not answer."""
         self._is_down = True
-        return _Failed(f"W&B at {self._url} does not answer; the same command goes on when it does")
+        return Failed(f"W&B at {self._url} does not answer; the same command goes on when it does")
 
-    def ask(self, run: Row) -> _Served | None:
-        """What it has of a run, which is named as wandb recorded it; None when it does not know the run."""
+    @property
+    def app_url(self) -> str:
+        """Of its pages; ends with a slash."""
+        return f"{self._settings.app_url.rstrip('/')}/"
+
+    def query(self, text: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a GraphQL query. Refused when the key is not accepted, Failed when there is no answer."""
         from wandb.apis.public.service_api import ServiceApi
         from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
         if self._is_down:
             raise self.down()
-        variables = {"project": run["project"], "entity": run.get("entity"), "name": run["run_id"]}
         try:
-            found: dict[str, Any] = ServiceApi(self._settings, ASK_SECONDS).execute_graphql(_RUN_STATUS, variables)
+            found: dict[str, Any] = ServiceApi(self._settings, ASK_SECONDS).execute_graphql(text, dict(variables))
         except WandbApiFailedError as error:
             if error.response is None:
                 raise self.down() from error
             if error.response.http_status == 401:
                 raise Refused(f"W&B at {self._url} does not accept the key ({error}); {_REMEDY}") from error
-            raise _Failed(f"W&B at {self._url} does not say what it has of the run ({error})") from error
+            raise Failed(f"W&B at {self._url} refuses to answer ({error})") from error
+        return found
+
+    def ask(self, run: Row) -> _Served | None:
+        """What it has of a run, which is named as wandb recorded it; None when it does not know the run."""
+        variables = {"project": run["project"], "entity": run.get("entity"), "name": run["run_id"]}
+        found = self.query(_RUN_STATUS, variables)
         served = (found.get("model") or {}).get("bucket")
         if not served:
             return None

@@ -440,6 +440,11 @@ def fragments(directory: str, run_id: str) -> list[Path]:
     return sorted(found, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
+def run_ids(directory: str) -> list[str]:
+    """Of all runs that this machine has fragments of."""
+    return sorted({file.stem.removeprefix("run-") for file in Path(directory, "wandb").glob("*run-*/run-*.wandb")})
+
+
 def mark(fragment: Path) -> Path:
     """Stands beside a fragment that the server has; wandb's own name, so that `wandb sync` and `wandb clean` see it."""
     return fragment.with_suffix(".wandb.synced")

@@ -91,7 +91,7 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    assert len(specs.keys()) == 33
+    assert len(specs.keys()) == 34
     assert [key for key, field in specs.keys().items() if not field.description] == []
 
 
@@ -211,6 +211,14 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("missing file", "name: demo", "name: demo\nmodel: ./no", 2, ['model: received "./no"', "there is no"]),
     ("empty path", "name: demo", "name: demo\ndata: {train: ''}", 2, ["data.train", "should not be empty"]),
     ("missing data", "name: demo", "name: demo\ndata: {train: a.jsonl}", 2, ["data.train", '"a.jsonl"', "there is no"]),
+    (
+        "push a toy",
+        "name: demo",
+        "name: demo\ncheckpoint: {push_to: a/b}",
+        2,
+        ['push_to: received "a/b"', "no adapter"],
+    ),
+    ("no repository", "name: demo", "name: demo\ncheckpoint: {push_to: a b}", 2, ["a repository of the Hub"]),
     ("no data", "trainable: toy", "model: org/x", 1, ["data: is missing", "trainable: toy"]),
     ("no model", "trainable: toy", "data: {train: org/x}", 1, ["model: is missing"]),
     (

@@ -189,7 +189,7 @@ def test_a_server_that_fails(sweep: Path, server: WandbServer, fault: int | str)
     failed = run(sweep)
     assert time.monotonic() - began < 8
     assert failed.exit_code == 1
-    told = "does not say what it has of the run" if fault == 403 else "does not answer; the same command goes on"
+    told = "refuses to answer" if fault == 403 else "does not answer; the same command goes on"
     assert [line.split(":")[0] for line in failed.stderr.splitlines()] == ["run one (one)", "run two (two)"]
     assert all(told in line for line in failed.stderr.splitlines())
     assert marks(sweep) == 0

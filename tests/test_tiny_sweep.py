@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from sweep import runner
 from sweep.spec import load
 from sweep.study import ranking
-from tests import sweeps
+from tests import hub_server, sweeps
 from tests.wandb_files import final, history, records
 from trainables import data
 
@@ -192,6 +194,14 @@ def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_pa
         assert mended.returncode == 0, mended.stdout + mended.stderr
 
 
+def test_without_a_token_for_the_hub_nothing_starts(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "get_token", lambda: None)
+    spec = load(write(tmp_path, inputs), ["checkpoint.push_to=somebody/tiny", f"storage={tmp_path}"])
+    with pytest.raises(runner.Refused, match="there is no token for the Hub; run `hf auth login`"):
+        runner.run(spec, address="local", listener=Mock(), again="")
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_changed_files_are_named_and_refused(inputs, tmp_path):
     shutil.copytree(inputs, tmp_path / "inputs")
     space = write(tmp_path, tmp_path / "inputs")
@@ -222,11 +232,28 @@ def export(space: Path, directory: Path, *options: str, **variables: str) -> sub
     )
 
 
-def test_adapters_are_taken_home(undisturbed, tmp_path):
-    """The best one, and any other that is kept; the Hub, which is out of reach here, is told of at the end."""
+@pytest.fixture
+def hub():
+    with hub_server.serve() as hub:
+        yield hub
+
+
+def on_hub(url: str) -> dict[str, str]:
+    """Variables of a process that has a token for the Hub there."""
+    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_TOKEN": "hf_none"}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
+
+
+def test_adapters_are_taken_home(undisturbed, hub, tmp_path):
+    """The best one, and any other that is kept; a Hub that is out of reach is told of at the end."""
     space, _, entries = undisturbed
     winner, second = ranking(entries)[:2]
-    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    away = on_hub("http://127.0.0.1:9")
     told = export(space, tmp_path, "--push-to", "somebody/tiny", **away)
     assert told.returncode == 1
     assert "--push-to somebody/tiny: " in told.stderr
@@ -242,20 +269,25 @@ def test_adapters_are_taken_home(undisturbed, tmp_path):
         assert str(Path(load(space).model).parent).encode() not in (home / name).read_bytes(), name
     assert json.loads((home / "sweep.json").read_text())["model"] == "llama"
 
-    told = export(space, tmp_path, "--trial", str(second.number))
+    told = export(space, tmp_path, "--trial", str(second.number), "--push-to", "somebody/tiny", **on_hub(hub.url))
     assert told.returncode == 0, told.stderr
+    assert told.stdout.endswith(f"Uploaded to {hub.url}/somebody/tiny, which is private\n")
+    assert hub.repositories["somebody/tiny"].files == contents(tmp_path / f"tiny-{second.number:03d}")
     facts = json.loads((tmp_path / f"tiny-{second.number:03d}/sweep.json").read_text())
     assert facts["validation_loss"] == second.best[1]
     assert "Number 2 of 4 trials" in (tmp_path / f"tiny-{second.number:03d}/README.md").read_text()
 
 
-def test_a_merged_model_is_taken_home(undisturbed, tmp_path):
+def test_a_merged_model_is_taken_home(undisturbed, hub, tmp_path):
     """It needs transformers alone, its weights are the base's and the adapter's term, and its loss is what was told."""
     space, _, entries = undisturbed
     winner = ranking(entries)[0]
-    told = export(space, tmp_path, "--merge")
+    told = export(space, tmp_path, "--merge", "--push-to", "somebody/merged", **on_hub(hub.url))
     assert told.returncode == 0, told.stderr
     home = tmp_path / f"tiny-{winner.number:03d}-merged"
+    pushed = hub.repositories["somebody/merged"].files
+    assert pushed == contents(home)
+    assert not [name for name, content in pushed.items() if str(Path(load(space).model).parent).encode() in content]
     facts = json.loads((home / "sweep.json").read_text())
     assert f"{winner.best[1]:.4f} with the base in 4 bits, {facts['validation_loss_merged']:.4f} merged" in told.stdout
 

@@ -1,16 +1,18 @@
-"""A stand-in for the W&B server on loopback: as much of its API as a run, its resumption and `wandb sync` need.
+"""A stand-in for the W&B server on loopback: as much of its API as runs, their resumption and upload, and views need.
 
 It keeps what it is sent as W&B does: a file of rows is written at the offset that the client names, and what stood
 there is gone, so a client that does not ask how far the run got replaces the run's earlier rows.
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import JsonHandler, JsonServer, serving
 
 
 @dataclass
@@ -32,27 +34,23 @@ class ServedRun:
         return [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
 
 
-class WandbServer(ThreadingHTTPServer):
+class WandbServer(JsonServer):
     """`fault` decides over all requests: None answers, a number is the status of every answer, `hang` never answers.
 
     `stream_fault` does so over uploads of rows alone. `dies` is (rows, fault): when it has so many rows of a run it
     fails like that, in the middle of a request, of which it keeps the rows that fit.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
         self.runs: dict[str, ServedRun] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        """Variables of the latest UpsertView2, by name: entityName, displayName, spec as JSON …"""
         self.requests: list[str] = []
         self.fault: int | str | None = None
         self.stream_fault: int | None = None
         self.dies: tuple[int, int | str] | None = None
         self.closing = threading.Event()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed, or that lost patience, is no error here."""
 
     def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         if operation == "RunResumeStatus":
@@ -68,6 +66,16 @@ class WandbServer(ThreadingHTTPServer):
             self.runs[variables["run"]].uploads += variables["files"]
             files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if operation == "Viewer":
+            return {"viewer": {"id": "u", "username": "someone", "entity": _ENTITY["name"], "flags": "{}"}}
+        if operation == "View":
+            projects = {run.fields["project"] for run in self.runs.values()}
+            found = [{"node": {"id": name}} for name in self.views if name == variables["view"]]
+            project = {"entity": _ENTITY, "allViews": {"edges": found}}
+            return {"model": project if variables["project"] in projects else None}
+        if operation == "UpsertView2":
+            self.views[variables["name"]] = variables
+            return {"upsertView": {"view": {"id": variables["name"], "name": variables["name"]}, "inserted": True}}
         return {}
 
     def stream(self, run_id: str, body: dict[str, Any]) -> None:
@@ -91,13 +99,11 @@ class WandbServer(ThreadingHTTPServer):
 def serve() -> Iterator[WandbServer]:
     """A server for the time of a `with` block."""
     server = WandbServer()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+    with serving(server):
+        try:
+            yield server
+        finally:
+            server.closing.set()
 
 
 _ENTITY = {"id": "e", "name": "someone"}
@@ -122,12 +128,11 @@ def _bucket(run: ServedRun) -> dict[str, Any]:
     }
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JsonHandler):
     server: WandbServer
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         self.server.requests.append(f"{self.command} {self.path}")
         is_stream = self.path.endswith("/file_stream")
         if is_stream and self.server.stream_fault is not None:
@@ -141,19 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(fault if isinstance(fault, int) else 503, {"errors": [{"message": "fault"}]})
         if self.path == "/graphql":
             query = json.loads(body)
-            operation = query["query"].split("(")[0].split()[-1]  # its `operationName` may be empty
-            return self.answer(200, {"data": self.server.graphql(operation, query["variables"])})
+            operation = re.findall(r"\w+", query["query"])[1]  # its `operationName` may be empty
+            return self.answer(200, {"data": self.server.graphql(operation, query.get("variables") or {})})
         self.answer(200, {})
 
     do_GET = do_PUT = do_POST
-
-    def answer(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""

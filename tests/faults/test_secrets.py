@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import sweeps
+from tests import hub_server, sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from tests.wandb_server import serve
 
@@ -24,6 +24,7 @@ budget: {steps: 6, evaluations: 2}
 search: {trials: 2}
 space: {r: {values: [4, 8]}}
 tracking: {mode: online}
+checkpoint: {push_to: somebody/secret}
 """
 
 
@@ -36,7 +37,11 @@ def scratch():
 
 
 def test_no_key_in_any_file(tmp_path, scratch):
-    """Neither in the sweep (study, YAML, checkpoints, card, W&B's files), nor in Ray's, wandb's and temporary ones."""
+    """Neither in the sweep (study, YAML, checkpoints, card, W&B's files), nor in Ray's, wandb's and temporary ones.
+
+    Nor in what others get to see: the view in W&B, which the end of an online sweep makes, and the best adapter, which
+    the Hub has by then, and which names no directory of this machine either.
+    """
     make_tiny_llama(tmp_path / "llama")
     make_tiny_rows(tmp_path, train=32, validation=8)
     space = tmp_path / "space.yaml"
@@ -44,10 +49,19 @@ def test_no_key_in_any_file(tmp_path, scratch):
     home = tmp_path / "home"
     home.mkdir()
     elsewhere = {"HOME": str(home), "TMPDIR": str(scratch), "RAY_TMPDIR": str(scratch)}
-    with serve() as server:
-        done = sweeps.run(space, **KEYS, **elsewhere, WANDB_BASE_URL=server.url)
+    with serve() as server, hub_server.serve() as hub:
+        there = {"WANDB_BASE_URL": server.url, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        done = sweeps.run(space, **KEYS, **elsewhere, **there)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(server.runs) == 2
+    [view] = server.views.values()
+    assert f"The runs are laid out at {server.url}/someone/secret?nw={view['name'][3:-2]}\n" in done.stdout
+    assert f"The best adapter so far is at {hub.url}/somebody/secret, which is private\n" in done.stdout
+    pushed = hub.repositories["somebody/secret"].files
+    best = tmp_path / "sweeps/secret/best"
+    assert pushed["adapter_model.safetensors"] == (best / "adapter_model.safetensors").read_bytes()
+    assert pushed.keys() == {file.name for file in best.iterdir()}
+    assert not [name for name, content in pushed.items() if str(tmp_path).encode() in content]
     files = [path for root in (tmp_path, scratch) for path in root.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert names >= {"study.log", "adapter_model.safetensors", "manifest.json", "README.md", "raylet.out"}
@@ -55,6 +69,7 @@ def test_no_key_in_any_file(tmp_path, scratch):
     for name, key in KEYS.items():
         assert key not in done.stdout + done.stderr, name
         assert not [path for path in files if key.encode() in path.read_bytes()], name
+        assert key not in str(view) + str(pushed), name
 
 
 def test_a_sweep_directory_that_leads_elsewhere_is_refused(space):

@@ -1,0 +1,142 @@
+"""The best adapter of a running sweep, as a Hub on loopback gets it."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from sweep import export
+from sweep.place import Place
+from sweep.study import Ledger
+from tests.hub_server import serve
+from tests.ledgers import add_trial, memory_ledger
+from trainables import checkpoint
+from trainables.protocol import Evaluation
+
+TOKEN = "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"
+REPO = "somebody/tiny"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with serve() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(export, "LOOK_SECONDS", 0.02)
+        monkeypatch.setattr(export, "AGAIN_SECONDS", 0.1)
+        yield hub
+
+
+@dataclass
+class Sweep:
+    """One whose trials get on when a test says so."""
+
+    root: Path
+    ledger: Ledger = field(default_factory=memory_ledger)
+    notes: list[str] = field(default_factory=list)
+
+    def evaluated(self, number, evaluation, loss):
+        """As it is in a sweep: the checkpoint first, then the driver gets to know."""
+
+        def save(directory):
+            (directory / "adapter_model.safetensors").write_text(f"weights of loss {loss}")
+            (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(self.root)}))
+
+        trial = Place.at(str(self.root)).paths.trial(number)
+        checkpoint.write(trial, evaluation, (Evaluation(evaluation, evaluation, loss),), save)
+        self.ledger.report(number, evaluation, loss)
+
+    def pushing(self, hurried=False):
+        """What `run` does around its trials."""
+        tokenizer = self.root / "tokenizer"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_text("{}")
+        place, model = Place.at(str(self.root)), str(self.root / "llama")
+        note = self.notes.append
+        return export.pushing_best(REPO, self.ledger, place, model, tokenizer, note, lambda: hurried)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    found = Sweep(tmp_path / "tiny")
+    found.root.mkdir()
+    add_trial(found.ledger)
+    add_trial(found.ledger)
+    return found
+
+
+def wait_for(condition):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 30, "waited in vain"
+        time.sleep(0.01)
+
+
+def losses(hub):
+    """What was uploaded, oldest first."""
+    return [json.loads(commit["sweep.json"])["validation_loss"] for commit in hub.repositories[REPO].commits]
+
+
+def test_every_better_adapter_is_uploaded(hub, sweep, tmp_path):
+    with sweep.pushing():
+        sweep.evaluated(0, 1, 2.0)
+        wait_for(lambda: REPO in hub.repositories and losses(hub) == [2.0])
+        time.sleep(0.5)  # many looks, at which there is nothing new
+        sweep.evaluated(1, 1, 3.0)
+        sweep.evaluated(0, 2, 2.5)
+        sweep.evaluated(1, 2, 1.5)
+        wait_for(lambda: losses(hub)[-1] == 1.5)
+        sweep.evaluated(1, 3, 1.0)  # the end finds it
+    assert losses(hub) == [2.0, 1.5, 1.0]
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert repository.files["adapter_model.safetensors"] == b"weights of loss 1.0"
+    names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sweep.json", "README.md"}
+    assert repository.files.keys() == names
+    assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == "llama"
+    for name, content in repository.files.items():
+        assert str(tmp_path).encode() not in content, name
+        assert TOKEN.encode() not in content, name
+    assert set(sweep.notes) == {f"The best adapter so far is at {hub.url}/{REPO}, which is private"}
+
+
+def test_training_goes_on_while_one_is_uploaded_and_the_last_one_is_next(hub, sweep):
+    hub.commits.clear()
+    with sweep.pushing():
+        sweep.evaluated(0, 1, 2.0)
+        wait_for(lambda: any("/commit/" in request for request in hub.requests))
+        for evaluation, loss in ((2, 1.9), (3, 1.8), (4, 1.7)):
+            sweep.evaluated(0, evaluation, loss)
+        hub.commits.set()
+    assert losses(hub) == [2.0, 1.7]
+
+
+def test_a_hub_that_refuses_ends_nothing(hub, sweep):
+    hub.fault = 403
+    with sweep.pushing():
+        sweep.evaluated(0, 1, 2.0)
+        wait_for(lambda: hub.requests.count("POST /api/repos/create") >= 3)  # it is asked again
+        hub.fault = None
+    assert losses(hub) == [2.0]
+    trouble, done = sweep.notes
+    assert trouble.startswith(f"checkpoint.push_to: {REPO} lacks the best adapter (HfHubHTTPError: 403 Forbidden")
+    assert trouble.endswith(f"upload it with: python -m sweep export {sweep.root} --push-to {REPO}")
+    assert done.startswith("The best adapter so far is at ")
+    assert TOKEN not in trouble
+
+
+@pytest.mark.parametrize("hurried", [True, False])
+def test_the_end_does_not_wait_for_ever(hub, sweep, monkeypatch, hurried):
+    monkeypatch.setattr(export, "LAST_SECONDS", 0.1)
+    hub.commits.clear()
+    with sweep.pushing(hurried):
+        sweep.evaluated(0, 1, 2.0)
+        wait_for(lambda: any("/commit/" in request for request in hub.requests))
+    assert losses(hub) == []
+    told = ["checkpoint.push_to: not done after 0.1 s"]
+    assert [note.partition(";")[0] for note in sweep.notes] == ([] if hurried else told)
+    hub.commits.set()

@@ -7,11 +7,16 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sweep.preemption import EXIT_PREEMPTED
+
+if TYPE_CHECKING:
+    from sweep.progress import Console
+    from sweep.runner import Outcome
+    from sweep.spec import SweepSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,6 +107,7 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
                 print(farewell, file=sys.stderr)
         return EXIT_PREEMPTED
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
+    _report_at_the_end(outcome, spec, console)
     if outcome.winner is not None:
         what = "configuration" if spec.trainable == "toy" else "adapter"
         console.print(f"The best {what} is in {outcome.place.url}/best", highlight=False, soft_wrap=True)
@@ -122,6 +128,20 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
             console.print(f"No trial finished. What they left is in {outcome.place.url}", highlight=False)
         return EXIT_FAILED
     return 0
+
+
+def _report_at_the_end(outcome: "Outcome", spec: "SweepSpec", console: "Console") -> None:
+    """Make report.html; a sweep does not fail because of it."""
+    try:
+        from sweep import page
+        from sweep.status import Status
+
+        file = page.write(Status(outcome.place, spec, outcome.ledger, outcome.ledger.entries(), None))
+        said = f"What it found is in {file}"
+    except Exception as error:  # noqa: BLE001 - it is told, and the sweep is done
+        again = shlex.join(["python", "-m", "sweep", "report", outcome.place.url])
+        said = f"No report was made ({type(error).__name__}: {error}); once that is mended: {again}"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -236,6 +256,28 @@ def status(
     else:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
         statuses.show(Console(markup=False, emoji=False, width=width), found)
+
+
+@app.command()
+def report(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
+    """Write report.html into a sweep's directory: what mattered, how trials learned, and which to train with.
+
+    Example: python -m sweep report sweeps/pricer
+
+    It may be asked for while the sweep runs; `run` makes it at the end.
+
+    Exit codes: 0 written, 1 it could not be written, 2 no sweep there, or one that cannot be read.
+    """
+    from sweep import page
+    from sweep import status as statuses
+
+    try:
+        print(f"{page.write(statuses.look(sweep, ledger))} is written; open it in a browser.")
+    except statuses.NoSweep as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    except OSError as error:  # a directory of somebody else, a full disk, a store that does not answer
+        print(f"{sweep}: report.html cannot be written: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
 
 
 @app.command()

@@ -54,6 +54,11 @@ class SweepPaths:
         return self.root / "best"
 
     @property
+    def report(self) -> Path:
+        """What the sweep found, as one page."""
+        return self.root / "report.html"
+
+    @property
     def trials(self) -> Path:
         """A directory for each trial."""
         return self.root / "trials"

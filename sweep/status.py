@@ -61,11 +61,20 @@ def look(directory: str, ledger: str | None = None) -> Status:
         raise NoSweep(f"{place.url} has no ledger: its driver has not begun, or {paths.ledger} was moved") from error
     except Exception as error:  # whatever a database's driver raises
         raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
+    entries = study.entries()
+    for entry in entries:
+        try:
+            entry.config  # noqa: B018 - is read
+        except (KeyError, ValueError) as error:
+            raise NoSweep(
+                f"{place.url}: trial {entry.number} has no configuration that this version of qlora-sweep knows"
+                f" ({error}); if a newer one made it, update with: python -m pip install --upgrade qlora-sweep"
+            ) from error
     try:
         driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
     except OSError as error:  # a directory of somebody else, a store that does not answer
         driver = f"a process or not, which cannot be seen ({error})"
-    return Status(place, recorded, study, study.entries(), driver)
+    return Status(place, recorded, study, entries, driver)
 
 
 def _is_driven(place: Place) -> bool:
@@ -86,7 +95,7 @@ def show(console: Console, status: Status) -> None:
     spec, entries = status.spec, status.entries
     searched, trials, evaluations = spec.space.searched, spec.search.trials, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
-    console.print(f"Sweep {spec.name} in {_shown(status.place)}, {who}", highlight=False, soft_wrap=True)
+    console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
     if entries:
         console.print(overview(entries, searched, evaluations, {}, alive=status.driver is not None))
     for line in report.verdict(entries):
@@ -124,7 +133,7 @@ def _trial(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _shown(place: Place) -> str:
+def shown(place: Place) -> str:
     """Its URL, or a path from here when it lies below."""
     here = Path.cwd()
     below = not place.is_remote and Path(place.url).is_relative_to(here)

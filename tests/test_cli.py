@@ -31,7 +31,7 @@ for words in [[], *[[verb] for verb in {VERBS}]]:
         runpy.run_module("sweep", run_name="__main__")
     except SystemExit as ended:
         assert ended.code == 0
-heavy = ("torch", "ray", "optuna", "wandb", "pandas", "transformers", "huggingface_hub", "optuna_dashboard")
+heavy = ("torch", "ray", "optuna", "plotly", "wandb", "pandas", "transformers", "huggingface_hub", "optuna_dashboard")
 sys.exit(str([name for name in heavy if name in sys.modules]))
 """
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)

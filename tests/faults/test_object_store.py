@@ -15,14 +15,17 @@ import pytest
 from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 
+from sweep import page
 from sweep.place import Place
 from sweep.runner import without_password
+from sweep.spec import load
 from sweep.study import Entry, Ledger
 from sweep.sync import Refused, upload
 from sweep.tracking import Tracking
 from sweep.trainable import Assignment, Lease, SlicedTrial
 from tests import nodes, sweeps
 from tests.faults.test_nodes import FOUR_TRIALS
+from tests.ledgers import swept
 from tests.test_tracking import KEY as WANDB_KEY
 from tests.test_tracking import seen
 from tests.wandb_server import serve
@@ -124,7 +127,7 @@ def test_a_node_is_killed(store, database, space, tmp_path):
     assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
     assert all(24 <= entry.cost.steps < 24 + 8 for entry in entries)
     left = objects(client, "mine/nodes/")
-    assert {"mine/nodes/space.yaml", "mine/nodes/best/sweep.json"} <= left.keys()
+    assert {f"mine/nodes/{name}" for name in ("space.yaml", "best/sweep.json", "report.html")} <= left.keys()
     assert "mine/nodes/driver.pulse" not in left
     assert len(checkpoints(client, "mine/nodes/trials")) == 3  # checkpoint.keep
     assert not [name for name, content in left.items() if PASSWORD.encode() in content or KEY.encode() in content]
@@ -220,6 +223,18 @@ def test_a_copy_of_an_earlier_sweep_of_the_same_name_is_not_used(place):
     checkpoint.write(trial, 20, (), lambda directory: None)
     place.claim("new")
     assert checkpoint.newest(trial).step == 20
+
+
+def test_a_report_made_on_another_machine(place, store, space, tmp_path, monkeypatch):
+    """It fetches what trials logged, and is where the sweep is."""
+    place = Place(f"{place.url}-toy")
+    status = swept(load(space), place)
+    place.push(place.paths.root)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    place.pull_file(place.paths.spec)
+    assert page.write(status) == f"{place.url}/report.html"
+    (report,) = objects(store[0], f"{tmp_path.name}-toy/report.html").values()
+    assert b"trials overfitted." in report
 
 
 def test_a_request_that_is_refused_once_takes_no_rows_away(place, tmp_path, monkeypatch):

@@ -1,0 +1,399 @@
+"""report.html: what a sweep found, in one file that needs no network and nothing beside it."""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from optuna.trial import TrialState
+from plotly.offline import get_plotlyjs
+
+from sweep import figures, findings, report, tracking
+from sweep.early_stopping import rungs
+from sweep.progress import STATES
+from sweep.spec import SweepSpec
+from sweep.status import Status, shown
+from sweep.study import Entry, ranking
+from sweep.tracking import Row, described, run_name
+
+CURVES = 12
+"""Best trials that stand out among the curves, and whose training is shown."""
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and what is said below it."""
+
+    figure: go.Figure
+    caption: str = ""
+    wide: bool = True
+    """It takes the whole width of the page, also of a large screen."""
+
+    @property
+    def json(self) -> str:
+        """What plotly.js draws, as it may stand in a <script>."""
+        return str(self.figure.to_json()).replace("<", "\\u003c")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, sentences, and figures."""
+
+    title: str
+    text: Sequence[str]
+    drawings: Sequence[Drawing] = ()
+
+
+def write(status: Status) -> str:
+    """Make the report of a sweep in its directory; returns where it is. Raises OSError when that cannot be written."""
+    place, notes = status.place, []
+    rows: dict[int, list[Row]] = {}
+    for entry in ranking(status.entries)[:CURVES]:
+        directory = place.paths.trial(entry.number)
+        try:
+            place.pull_log(directory / tracking.ROWS)
+            rows[entry.number] = tracking.logged(directory)
+        except (OSError, ValueError) as error:  # the others are shown all the same
+            notes.append(f"The rows of trial {entry.number:03d} cannot be read: {error}.")
+    file = place.paths.report
+    unfinished = file.with_suffix(".tmp")
+    recorded = place.paths.spec.read_text(encoding="utf-8")  # which holds no password
+    unfinished.write_text(render(status, recorded, rows, notes), encoding="utf-8")
+    unfinished.rename(file)
+    place.push(file)
+    return f"{place.url}/{file.name}"
+
+
+def render(status: Status, recorded: str, rows: Mapping[int, Sequence[Row]], notes: Sequence[str] = ()) -> str:
+    """The page. `recorded` is the spec as run, `rows` are what the best trials logged, `notes` what is to be said of
+    those."""
+    spec, entries = status.spec, status.entries
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=spec.name,
+        standing=_standing(status),
+        verdict=list(_verdict(status)),
+        sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(entries)],
+        table=_table(status),
+        fixed={name: _value(one) for name, one in spec.space.plain().items() if name not in spec.space.searched},
+        versions=status.ledger.noted("environment") or {},
+        inputs=status.ledger.noted("inputs") or {},
+        commands=list(_commands(status)),
+        recorded=recorded,
+        plotlyjs=get_plotlyjs(),
+    )
+
+
+def _standing(status: Status) -> str:
+    ends = Counter(_ended_as(entry, status) for entry in status.entries)
+    each = ", ".join(f"{count} {end}" for end, count in ends.items())
+    asked, seconds = status.spec.search.trials, sum(entry.cost.seconds for entry in status.entries)
+    took = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    who = f", while it runs in {status.driver}" if status.driver else ""
+    trials = f"{len(status.entries)} of {asked} trials{f' ({each})' if each else ''}, {took} of training"
+    return f"{shown(status.place)} as of {now}{who}: {trials}."
+
+
+def _verdict(status: Status) -> Iterator[str]:
+    """Winner, base, default and what to train with, a sentence each."""
+    spec, entries = status.spec, status.entries
+    searched, ranked = spec.space.searched, ranking(entries)
+    if not ranked or ranked[0].best is None:
+        failed = sum(entry.state is TrialState.FAIL for entry in entries)
+        yield "No trial has a validation loss yet." if entries else "No trial has been started yet."
+        if failed:
+            yield f"{failed} of {len(entries)} trials failed; the table below says why."
+        return
+    winner = ranked[0]
+    evaluation, loss = ranked[0].best
+    so_far = " so far" if any(entry.state is TrialState.RUNNING for entry in entries) else ""
+    yield (
+        f"Trial {winner.number:03d} ({described(winner.config, searched)}) is the best{so_far}: validation loss"
+        f" {loss:.4f} after evaluation {evaluation} of {spec.budget.evaluations}."
+    )
+    if winner.state is TrialState.PRUNED:
+        yield "Early stopping ended it before the whole budget."
+    if (base := report.base_loss(entries)) is not None:
+        yield f"The base model without training has {base:.4f}."
+    default = report.usual_default(entries)
+    if default is None or default.best is None:
+        yield "The usual default (r 16, alpha 32, learning rate 2e-4) has no loss in this sweep to compare with."
+    elif default is winner:
+        yield "It is the usual default (r 16, alpha 32, learning rate 2e-4): the search found nothing better."
+    else:
+        yield (
+            f"The usual default (r 16, alpha 32, learning rate 2e-4; trial {default.number:03d}) has"
+            f" {default.best[1]:.4f}: the search gained {default.best[1] - loss:.4f}."
+        )
+    yield from _cheaper(entries, searched)
+
+
+def _cheaper(entries: Sequence[Entry], searched: Sequence[str]) -> Iterator[str]:
+    """Whether to train with a cheaper configuration than the best one."""
+    complete = [entry for entry in ranking(entries) if entry.state is TrialState.COMPLETE]
+    if len(complete) < 2:
+        yield "Fewer than two trials have used their whole budget, so no cheaper one can be compared with it."
+        return
+    best = findings.best_loss(complete[0])
+    noise = findings.noise(entries)
+    yield noise.because
+    within = findings.MATTERS * best if noise.loss is None else noise.loss
+    found = findings.cheaper(entries, within)
+    if found is None:
+        yield f"No complete trial within {within:.4f} of the best complete one takes less time or memory."
+        return
+    config, above = described(found.config, searched), findings.best_loss(found) - best
+    costs = f"at {_spent(found)} instead of {_spent(complete[0])}"
+    if noise.loss is None:
+        yield (
+            f"Consider trial {found.number:03d} ({config}): its loss is {above:.4f} above the best complete one,"
+            f" {costs}. Whether that is noise only other seeds can tell."
+        )
+    else:
+        yield f"Prefer trial {found.number:03d} ({config}): {above:.4f} above the best complete one is noise, {costs}."
+
+
+def _what_mattered(status: Status) -> Iterator[Section]:
+    """All trials at a common evaluation: importance, parallel coordinates, slices."""
+    spec, entries = status.spec, status.entries
+    evaluation = findings.common_evaluation(entries)
+    compared = {e.number: (e.losses[evaluation],) for e in entries if evaluation in e.losses} if evaluation else {}
+    ranked = sorted((e for e in entries if e.number in compared), key=lambda e: compared[e.number])
+    fields = findings.axes(ranked, spec.space)
+    title = "What mattered"
+    if evaluation is None or len(ranked) < 2 or not fields:
+        yield Section(title, ["There are not two trials with different configurations and a validation loss yet."])
+        return
+    target = "validation loss"
+    some = {entry.number: compared[entry.number] for entry in figures.drawn(ranked)}
+    drawn = findings.derived(entries, some, fields)
+    text = [
+        f"Compared are {len(ranked)} trials by their validation loss at evaluation {evaluation} of"
+        f" {spec.budget.evaluations}, the newest that all of them have{_because_of(spec)}."
+    ]
+    if evaluation < spec.budget.evaluations:
+        text.append("That is part of the budget: what mattered by then need not be what matters at the end.")
+    if len(some) < len(ranked):
+        text.append(f"Drawn are {len(some)} of them: the best third of these, the others at equal distances.")
+    found = findings.importance(findings.derived(entries, compared, fields))
+    drawings = [
+        Drawing(
+            figures.parallel_coordinates(drawn, target),
+            "A line is a trial at the values that it was trained with, darker with a lower loss.",
+        )
+    ]
+    if found:
+        (most, (mean, low, high)), *_ = found.items()
+        text.append(
+            f"{most} mattered most, with a share of {mean:.2f} ({low:.2f} to {high:.2f}) in what sets the best quarter"
+            " apart."
+        )
+        drawings.append(
+            Drawing(
+                figures.importances(drawn, found),
+                f"Importance by PED-ANOVA, all parameters together are 1. Bars are means, whiskers span the middle 80 %"
+                f" of {findings.RESAMPLES} resamples of the trials: where they overlap, the order is not known.",
+            )
+        )
+    else:
+        text.append(
+            f"{len(ranked)} trials are too few to say how important each parameter is; it takes {findings.ENOUGH}."
+        )
+    drawings += [
+        Drawing(figure, f"Trials by {name}, later ones darker.", wide=False)
+        for name, figure in figures.slices(drawn, target).items()
+    ]
+    yield Section(title, text, drawings)
+
+
+def _because_of(spec: SweepSpec) -> str:
+    rule = spec.early_stopping
+    if not rule:
+        return ""
+    stops = ", ".join(map(str, rungs(spec.budget.evaluations, rule.grace, rule.reduction)))
+    return f" (ASHA may stop a trial after evaluation {stops})" if stops else ""
+
+
+def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[str]) -> Iterator[Section]:
+    """Curves of all trials, and of the best ones training beside validation."""
+    spec, entries = status.spec, status.entries
+    ranked = ranking(entries)
+    if not ranked:
+        return
+    best = ranked[:CURVES]
+    names = {entry.number: run_name(entry.number, entry.config, spec.space.searched) for entry in best}
+    some = figures.drawn(ranked)
+    study = findings.derived(entries, {entry.number: (0.0,) for entry in some}, {})
+    few = f"Drawn are {len(some)} of {len(ranked)} trials. " if len(some) < len(ranked) else ""
+    yield Section(
+        "How they learned",
+        [
+            f"{few}The best {len(best)} stand out; point at a line for its name.",
+            "A cross is where early stopping ended a trial.",
+        ],
+        [Drawing(figures.validation_curves(study, some, names, spec.budget.evaluations))],
+    )
+    curves = {entry.number: findings.curve(entry, rows.get(entry.number, ())) for entry in best}
+    curves = {number: curve for number, curve in curves.items() if len(curve.validation) > 1}
+    if not curves:
+        return
+    turns = {number: findings.overfitted_from(curve) for number, curve in curves.items()}
+    known = [number for number, curve in curves.items() if curve.training]
+    overfitted = [f"{number:03d} from evaluation {turn} on" for number, turn in turns.items() if turn is not None]
+    if not known:
+        text = "No training losses were recorded, as with tracking.mode: disabled, so nothing is said of overfitting."
+    elif overfitted:
+        text = f"{len(overfitted)} of {len(known)} trials overfitted: {', '.join(overfitted)}."
+    else:
+        text = f"None of {len(known)} trials overfitted."
+    rule = (
+        "A trial overfits from the evaluation on that has its lowest validation loss, when after it the validation loss"
+        f" rose by more than {findings.MATTERS:.0%} and the training loss fell."
+    )
+    yield Section(
+        "Training beside validation",
+        [text, rule, *notes],
+        [
+            Drawing(
+                figures.training_and_validation(curve, turns[number]),
+                f"Trial {names[number]}. {_learned(curve, turns[number], spec)}",
+                wide=False,
+            )
+            for number, curve in curves.items()
+        ],
+    )
+
+
+def _learned(curve: findings.Curve, turn: int | None, spec: SweepSpec) -> str:
+    """The verdict on one trial."""
+    lowest, last = min(curve.validation, key=lambda number: curve.validation[number]), max(curve.validation)
+    rise = curve.validation[last] / curve.validation[lowest] - 1
+    if turn is not None:
+        steps = f"step {curve.steps[turn]}" if turn in curve.steps else ""
+        epochs = f"epoch {spec.budget.epochs * turn / spec.budget.evaluations:.2g}" if spec.budget.epochs else ""
+        where = ", ".join(filter(None, (steps, epochs)))
+        return (
+            f"Overfits from evaluation {turn}{f' ({where})' if where else ''} on: the validation loss rose from"
+            f" {curve.validation[turn]:.4f} to {curve.validation[last]:.4f} while the training loss fell from"
+            f" {curve.training[turn]:.4f} to {curve.training[last]:.4f}."
+        )
+    if lowest == last:
+        return "Not overfitted: the validation loss was lowest at the last evaluation."
+    if rise <= findings.MATTERS:
+        return f"Not overfitted: after evaluation {lowest} the validation loss rose by {rise:.1%} only."
+    if not curve.training:
+        return f"The validation loss rose by {rise:.1%} after evaluation {lowest}; its training losses are not known."
+    return f"The validation loss rose by {rise:.1%} after evaluation {lowest}, and so did the training loss: unstable."
+
+
+def _search(entries: Sequence[Entry]) -> Iterator[Section]:
+    complete = _complete(entries)
+    if complete:
+        study = findings.derived(entries, {number: (loss,) for number, (_, loss) in complete.items()}, {})
+        yield Section(
+            "How the search went",
+            ["Points are trials that used their whole budget; time is that of all trials, one after the other."],
+            [
+                Drawing(figures.best_by_trials(study), wide=False),
+                Drawing(figures.best_by_hours(entries), wide=False),
+            ],
+        )
+
+
+def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
+    complete = _complete(entries)
+    costs: dict[str, Callable[[Entry], float]] = {
+        "minutes of training": lambda entry: entry.cost.seconds / 60,
+        "peak memory, GB": lambda entry: entry.cost.peak_memory / 1e9,
+    }
+    drawings = []
+    for name, cost in costs.items():
+        values = {number: (cost(entry), loss) for number, (entry, loss) in complete.items() if cost(entry) > 0}
+        if values:
+            figure = figures.loss_by_cost(findings.derived(entries, values, {}), name)
+            drawings.append(Drawing(figure, wide=False))
+    text = (
+        ["Of the trials that used their whole budget. Red is where no other one is both better and cheaper."]
+        if drawings
+        else ["No trial that used its whole budget has a time or memory on record."]
+    )
+    yield Section("What it cost", text, drawings)
+
+
+def _complete(entries: Sequence[Entry]) -> dict[int, tuple[Entry, float]]:
+    """Trials that used their whole budget, with their best loss, by number."""
+    return {e.number: (e, findings.best_loss(e)) for e in entries if e.state is TrialState.COMPLETE and e.best}
+
+
+def _table(status: Status) -> dict[str, Any]:
+    """Headings, and the cells of each trial: ranked ones first."""
+    entries, searched = status.entries, status.spec.space.searched
+    evaluation = findings.common_evaluation(entries) or 1
+    ranked = ranking(entries)
+    headings = ["", "trial", *searched, "best loss", "at evaluation", f"at {evaluation}"]
+    headings += ["minutes", "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
+    rows = []
+    for place, entry in enumerate([*ranked, *(entry for entry in entries if entry.best is None)], start=1):
+        number, loss = entry.best or (None, None)
+        common = entry.losses.get(evaluation)
+        rows.append(
+            [
+                str(place) if entry.best else "-",
+                f"{entry.number:03d}",
+                *(_value(getattr(entry.config, name)) for name in searched),
+                "-" if loss is None else f"{loss:.4f}",
+                "-" if number is None else str(number),
+                "-" if common is None else f"{common:.4f}",
+                f"{entry.cost.seconds / 60:.1f}",
+                f"{entry.cost.steps:,}",
+                f"{entry.cost.tokens:,}",
+                f"{entry.cost.peak_memory / 1e9:.2f}" if entry.cost.peak_memory else "-",
+                _ended_as(entry, status),
+                entry.reason or ("trained to its end" if entry.state is TrialState.COMPLETE else ""),
+                _accidents(entry),
+            ]
+        )
+    return {"headings": headings, "rows": rows}
+
+
+def _ended_as(entry: Entry, status: Status) -> str:
+    unfinished = entry.state is TrialState.RUNNING and status.driver is None
+    return "unfinished" if unfinished else STATES[entry.state]
+
+
+def _accidents(entry: Entry) -> str:
+    counts = {
+        "micro-batch halved": entry.halvings,
+        "process died": len(entry.deaths),
+        "fell silent": entry.silences,
+    }
+    return ", ".join(f"{what} {count}x" for what, count in counts.items() if count)
+
+
+def _commands(status: Status) -> Iterator[str]:
+    versions = status.ledger.noted("environment") or {}
+    if versions.get("git commit", "none") != "none":
+        yield f"git checkout {versions['git commit']}"
+    packages = [f"{name}=={version}" for name, version in versions.items() if name not in ("git commit", "qlora-sweep")]
+    if packages:
+        yield f"python -m pip install {' '.join(packages)}"
+    yield "python -m sweep run space.yaml"
+    yield f"python -m sweep export {shlex.quote(shown(status.place))}"
+
+
+def _spent(entry: Entry) -> str:
+    memory = f" and {entry.cost.peak_memory / 1e9:.2f} GB" if entry.cost.peak_memory else ""
+    return f"{entry.cost.seconds / 60:.1f} minutes{memory}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < value < 0.01 else f"{value:.4g}"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,329 @@
+"""report.html, and what it says of a sweep."""
+
+import io
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+from typer.testing import CliRunner
+
+from sweep import cli, findings, page, tracking
+from sweep.findings import Curve
+from sweep.place import Place
+from sweep.progress import Console
+from sweep.runner import Outcome
+from sweep.spec import load
+from sweep.status import Status
+from tests import browser, sweeps
+from tests.ledgers import add_trial, memory_ledger, swept
+from trainables.protocol import Cost
+
+
+@pytest.fixture
+def toy(space):
+    return load(space, ["search.sampler=random", "search.trials=24"])
+
+
+@pytest.fixture
+def status(toy, tmp_path):
+    """A toy sweep of 24 trials at its end."""
+    return swept(toy, Place.at(str(tmp_path / "sweeps/toy")))
+
+
+def ended(ledger, *losses: float, cost: Cost | None = None, stop: bool = False, **config) -> int:
+    """A trial with these validation losses at evaluations 1, 2, …"""
+    number = add_trial(ledger, **config)
+    for evaluation, loss in enumerate(losses, start=1):
+        ledger.report(number, evaluation, loss)
+    ledger.spend(number, cost or Cost(seconds=60, steps=10, tokens=1000, peak_memory=10**9))
+    if stop:
+        ledger.stop(number, "ASHA: poor")
+    else:
+        ledger.complete(number)
+    return number
+
+
+def shown(spec, ledger, tmp_path) -> str:
+    """The page of a sweep that nobody runs, without plotly.js."""
+    html = page.render(Status(Place.at(str(tmp_path)), spec, ledger, ledger.entries(), None), "", {})
+    return html.replace(page.get_plotlyjs(), "")
+
+
+def test_all_trials_are_compared_at_the_newest_evaluation_that_all_have():
+    ledger = memory_ledger()
+    assert findings.common_evaluation(ledger.entries()) is None
+    running = add_trial(ledger)
+    ledger.report(running, 0, 5.0)
+    assert findings.common_evaluation(ledger.entries()) is None  # the base's is no evaluation of a trial
+    ledger.report(running, 1, 3.0)
+    ended(ledger, 3.0, 2.0, 1.0)
+    assert findings.common_evaluation(ledger.entries()) == 3
+    ended(ledger, 3.0, 2.5, stop=True)
+    ledger.fail(add_trial(ledger), "diverged")
+    assert findings.common_evaluation(ledger.entries()) == 2
+
+
+def test_the_derived_study_has_effective_values_and_the_ledgers_numbers(status):
+    entries = status.entries
+    assert {entry.state for entry in entries} == {TrialState.COMPLETE, TrialState.PRUNED}
+    shown = findings.axes(entries, status.spec.space)
+    assert shown["r"] == CategoricalDistribution([4, 8, 16, 32])
+    assert shown["alpha"] == CategoricalDistribution([4, 8, 16, 32, 64])  # not the factor 1 or 2
+    assert shown["quant_type"] == CategoricalDistribution(["fp4", "nf4"])
+    rates = [entry.config.learning_rate for entry in entries]
+    assert shown["learning_rate"] == FloatDistribution(min(rates), max(rates), log=True)
+
+    compared = {entry.number: (entry.losses[1],) for entry in entries if entry.number % 2}
+    study = findings.derived(entries, compared, shown)
+    for entry, trial in zip(entries, study.trials, strict=True):
+        assert trial.number == entry.number
+        if entry.number % 2:
+            assert trial.state is TrialState.COMPLETE  # also of those that were stopped
+            assert trial.value == entry.losses[1]
+            assert trial.params == {name: getattr(entry.config, name) for name in shown}
+        else:
+            assert trial.state is TrialState.FAIL
+
+
+def test_a_field_that_is_the_same_in_all_trials_is_not_shown(status):
+    same = [entry for entry in status.entries if entry.config.quant_type == "nf4"]
+    assert "quant_type" not in findings.axes(same, status.spec.space)
+
+
+def test_importance_finds_what_decides_and_says_how_sure_it_is(status):
+    def by_r(entries):
+        study = findings.derived(
+            entries,
+            {entry.number: (math.log2(entry.config.r),) for entry in entries},
+            findings.axes(entries, status.spec.space),
+        )
+        return findings.importance(study)
+
+    found = by_r(status.entries)
+    assert next(iter(found)) == "r"
+    assert sum(mean for mean, _, _ in found.values()) == pytest.approx(1)
+    for mean, low, high in found.values():
+        assert 0 <= low < mean < high <= 1
+    assert by_r(status.entries[: findings.ENOUGH - 1]) == {}
+    assert found == by_r(status.entries)
+
+
+def test_noise_comes_from_seeds_where_there_are_some():
+    ledger = memory_ledger()
+    for loss in (1.00, 1.02):
+        ended(ledger, 2.0, loss, r=8)
+    ended(ledger, 2.0, 0.5, r=16)
+    noise = findings.noise(ledger.entries())
+    assert noise.loss == pytest.approx(1.96 * math.sqrt(2) * 0.01 * math.sqrt(2))  # of two values 0.02 apart
+    assert "2 trials of 1 configurations differ in their seed alone" in noise.because
+
+
+@pytest.mark.parametrize(
+    ("losses", "noise"),
+    [
+        ((2.0, 1.010, 1.002), 0.008),
+        ((2.0, 1.000, 1.004), 0.004),  # the best one has two beside it
+        ((2.0, 1.5, 1.1), None),  # still falling: that is no noise
+        ((1.0,), None),
+    ],
+)
+def test_noise_without_seeds_is_a_yardstick_or_unknown(losses, noise):
+    ledger = memory_ledger()
+    ended(ledger, *losses, r=8)
+    ended(ledger, *(loss + 1 for loss in losses), r=16)
+    found = findings.noise(ledger.entries())
+    assert found.loss == (noise if noise is None else pytest.approx(noise))
+    assert found.because.startswith("How much the seed alone changes a loss is not known")
+
+
+@pytest.mark.parametrize(
+    ("loss", "seconds", "memory", "preferred"),
+    [
+        (1.009, 50, 100, True),  # quicker
+        (1.009, 100, 80, True),  # smaller
+        (1.009, 95, 95, False),  # no more than two equal trials differ by
+        (1.009, 50, 200, False),
+        (1.011, 50, 50, False),  # not within noise
+    ],
+)
+def test_a_cheaper_trial_within_noise_is_preferred(loss, seconds, memory, preferred):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, 1.0, cost=Cost(100, peak_memory=100))
+    other = ended(ledger, 2.0, loss, cost=Cost(seconds, peak_memory=memory))
+    ended(ledger, 1.005, stop=True, cost=Cost(1, peak_memory=1))  # never had the whole budget
+    found = findings.cheaper(ledger.entries(), within=0.01)
+    assert (found and found.number) == (other if preferred else None)
+
+
+@pytest.mark.parametrize(
+    ("validation", "training", "turn"),
+    [
+        ({1: 2.0, 2: 1.5, 3: 1.6, 4: 1.8}, {1: 2.0, 2: 1.4, 3: 1.0, 4: 0.7}, 2),
+        ({1: 2.0, 2: 1.5, 3: 1.4}, {1: 2.0, 2: 1.4, 3: 1.0}, None),  # falls to its end
+        ({1: 2.0, 2: 1.5, 3: 1.505}, {1: 2.0, 2: 1.4, 3: 1.0}, None),  # by less than matters
+        ({1: 2.0, 2: 1.5, 3: 1.8}, {1: 2.0, 2: 1.4, 3: 1.7}, None),  # training rises, too
+        ({1: 2.0, 2: 1.5, 3: 1.8}, {}, None),  # unknown
+        ({}, {}, None),
+    ],
+)
+def test_overfitting_begins_where_validation_turns_while_training_falls(validation, training, turn):
+    assert findings.overfitted_from(Curve(validation, {}, training, ())) == turn
+
+
+def test_training_losses_are_taken_between_evaluations_and_once():
+    ledger = memory_ledger()
+    number = ended(ledger, 2.0, 1.5)
+    steps = [(1, 4.0), (2, 2.0), (2, 2.0), (3, 1.0), (4, math.nan), (5, 3.0)]
+    rows = [{tracking.STEP: step, "train/loss": loss} for step, loss in steps]
+    rows += [{tracking.STEP: step, tracking.EVALUATION: n, "eval/loss": 1.0} for n, step in ((0, 0), (1, 2), (2, 5))]
+    curve = findings.curve(ledger.entry(number), rows)
+    assert curve.training == {1: 3.0, 2: 2.0}
+    assert curve.steps == {0: 0, 1: 2, 2: 5}
+    assert curve.points == [(1, 4.0), (2, 2.0), (3, 1.0), (5, 3.0)]
+
+
+def test_overfitting_is_told_with_its_place(toy, tmp_path):
+    ledger = memory_ledger()
+    number = ended(ledger, 2.0, 1.5, 1.7)
+    rows = [{tracking.STEP: step, "train/loss": 3.0 - step / 10} for step in range(1, 31)]
+    rows += [{tracking.STEP: 10 * n, tracking.EVALUATION: n, "eval/loss": 1.0} for n in (1, 2, 3)]
+    status = Status(Place.at(str(tmp_path)), toy, ledger, ledger.entries(), None)
+    html = page.render(status, "", {number: rows})
+    assert "1 of 1 trials overfitted: 000 from evaluation 2 on." in html
+    assert "Overfits from evaluation 2 (step 20) on: the validation loss rose from 1.5000 to 1.7000" in html
+    assert "No training losses were recorded" in page.render(status, "", {})
+
+
+def test_a_sweep_without_a_trial(toy, tmp_path):
+    html = shown(toy, memory_ledger(), tmp_path)
+    assert "No trial has been started yet." in html
+    assert 'class="plot"' not in html
+
+
+def test_a_sweep_of_failed_trials(toy, tmp_path):
+    ledger = memory_ledger()
+    ledger.fail(add_trial(ledger), "diverged </script><b>at</b> step 3")
+    html = shown(toy, ledger, tmp_path)
+    assert "1 of 1 trials failed; the table below says why." in html
+    assert "diverged &lt;/script&gt;&lt;b&gt;at&lt;/b&gt; step 3" in html
+
+
+def test_a_sweep_with_one_finished_trial(toy, tmp_path):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, 1.5)
+    html = shown(toy, ledger, tmp_path)
+    assert "Trial 000 (r16 nf4 lr2.0e-04 a32) is the best: validation loss 1.5000 after evaluation 2 of 9." in html
+    assert "It is the usual default" in html
+    assert "Fewer than two trials have used their whole budget" in html
+    assert "There are not two trials with different configurations" in html
+    assert 'class="plot"' in html  # its curve is shown all the same
+
+
+def test_few_trials_and_one_that_is_unfinished(toy, tmp_path):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, 1.50, r=8, cost=Cost(60, peak_memory=100))
+    ended(ledger, 2.0, 1.49, r=32, cost=Cost(120, peak_memory=200))
+    ended(ledger, 1.9, 1.495, r=16, cost=Cost(120, peak_memory=200), learning_rate=1e-4)
+    ledger.report(add_trial(ledger, r=4), 1, 2.5)
+    html = shown(toy, ledger, tmp_path)
+    assert "is the best so far" in html
+    assert "3 trials are too few to say how important each parameter is; it takes 10." in html
+    assert "loss was still falling at the last, by 0.5100." in html
+    assert "Consider trial 000 (r8 nf4 lr2.0e-04 a32): its loss is 0.0100 above the best complete one, at 1.0" in html
+    assert "Whether that is noise only other seeds can tell." in html
+    assert "<td>unfinished</td>" in html
+
+
+def test_the_preferred_trial_is_named(toy, tmp_path):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, 1.50, 1.49, r=32, cost=Cost(120, peak_memory=2 * 10**9))
+    ended(ledger, 2.0, 1.51, 1.495, r=8, cost=Cost(60, peak_memory=10**9))
+    html = shown(toy, ledger, tmp_path)
+    costs = "at 1.0 minutes and 1.00 GB instead of 2.0 minutes and 2.00 GB"
+    assert f"Prefer trial 001 (r8 nf4 lr2.0e-04 a32): 0.0050 above the best complete one is noise, {costs}." in html
+
+
+def test_what_is_drawn_is_bounded(toy, tmp_path):
+    ledger = memory_ledger()
+    for number in range(page.figures.DRAWN + 50):
+        ended(ledger, 2.0 + number, r=4 + number % 8, stop=number > 0)
+    html = shown(toy, ledger, tmp_path)
+    assert f"Drawn are {page.figures.DRAWN} of {page.figures.DRAWN + 50} trials." in html
+    assert html.count("<tr>") > page.figures.DRAWN + 50  # the table has all
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium; with Debian: apt-get install chromium")
+def test_every_figure_is_drawn_in_a_browser(status):
+    page.write(status)
+    report = status.place.paths.report
+    assert report.stat().st_size < 15e6
+    html, console = browser.dom(report)
+    assert console == []
+    assert re.search(r'<html[^>]* data-drawn="\d+"', html)
+    _, *drawn = html.split('<div class="plot js-plotly-plot')
+    assert len(drawn) == report.read_text().count('<div class="plot"')
+    assert len(drawn) > 2 + 4 + 1 + 4  # what mattered, slices, curves, search and cost, besides training
+    for figure in drawn:
+        assert re.search('class="(point|js-line)"', figure), figure[:3000]
+    assert "src=" not in html.replace(page.get_plotlyjs(), "")  # nothing is fetched
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium; with Debian: apt-get install chromium")
+def test_the_browser_tells_of_errors(tmp_path):
+    """Else the test above could not fail."""
+    page = tmp_path / "broken.html"
+    page.write_text("<script>throw new Error('broken on purpose')</script>")
+    _, console = browser.dom(page)
+    assert any("broken on purpose" in line for line in console)
+
+
+def test_the_verb_and_the_end_of_a_run(undisturbed, tmp_path):
+    space, done, _ = undisturbed
+    directory = space.parent / "sweeps/toy"
+    assert f"What it found is in {directory}/report.html" in done.stdout
+    at_the_end = (directory / "report.html").read_text()
+    asked = subprocess.run(
+        [sys.executable, "-m", "sweep", "report", str(directory)],
+        cwd=space.parent,
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stderr == ""
+    assert asked.stdout == f"{directory}/report.html is written; open it in a browser.\n"
+
+    def lasting(html: str) -> str:
+        return re.sub("as of .* UTC", "", html)
+
+    assert lasting((directory / "report.html").read_text()) == lasting(at_the_end)
+
+
+def test_a_directory_without_a_sweep_and_one_that_cannot_be_written_to(undisturbed, tmp_path):
+    told = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "holds no sweep; name the directory of one" in told.stderr
+    sweep = tmp_path / "toy"
+    shutil.copytree(undisturbed[0].parent / "sweeps/toy", sweep)
+    (sweep / "report.html").unlink()
+    (sweep / "report.html").mkdir()
+    told = CliRunner().invoke(cli.app, ["report", str(sweep)])
+    assert told.exit_code == 1
+    assert "report.html cannot be written: " in told.stderr
+
+
+def test_a_sweep_does_not_fail_for_its_report(status):
+    """A directory stands where the file should be written."""
+    status.place.paths.report.mkdir()
+    console = Console(file=io.StringIO(), markup=False, width=500)
+    outcome = Outcome(status.ledger, status.place, None, None, None, None, 0, 1.0)
+    cli._report_at_the_end(outcome, status.spec, console)
+    told = console.file.getvalue()
+    assert told.startswith("No report was made (IsADirectoryError: ")
+    assert told.endswith(f"once that is mended: python -m sweep report {status.place.url}\n")

@@ -116,9 +116,16 @@ def test_a_node_is_killed(store, database, space, tmp_path):
             **access,
             XDG_CACHE_HOME=str(tmp_path / "driver"),
         )
-        sweeps.wait_until(
-            lambda: len({path.rpartition("/")[0] for path in checkpoints(client, "mine/nodes/trials")}) == 2, process
-        )
+
+        def both_train() -> bool:
+            """Each node has a trial with a checkpoint."""
+            kept = {int(path.split("/")[-2]) for path in checkpoints(client, "mine/nodes/trials")}
+            running = TrialState.RUNNING
+            return (
+                len(kept) > 1 and sum(e.state is running and e.number in kept for e in ledger(database, "nodes")) == 2
+            )
+
+        sweeps.wait_until(both_train, process)
         nodes.kill(first)
         output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output

@@ -7,7 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from sweep.preemption import EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     from sweep.progress import Console
+    from sweep.requests import Verb
     from sweep.runner import Outcome
     from sweep.spec import SweepSpec
 
@@ -90,7 +91,8 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
     ]
     again = shlex.join(["python", "-m", "sweep", *shown])
     try:
-        with Progress(console, spec.space.searched, spec.search.trials, spec.budget.evaluations) as progress:
+        budget, rule = spec.budget, spec.early_stopping or None
+        with Progress(console, spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
             outcome = runner.run(spec, address=address, listener=progress, again=again)
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
@@ -278,6 +280,99 @@ def report(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
     except OSError as error:  # a directory of somebody else, a full disk, a store that does not answer
         print(f"{sweep}: report.html cannot be written: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
+
+
+@app.command()
+def stop(
+    sweep: SweepDirectory,
+    trial: Annotated[int, typer.Option(help="Number of the trial.", show_default=False)],
+    ledger: LedgerUrl = None,
+) -> None:
+    """Stop a trial of a sweep, also of one that runs: it ends with its next slice, and is ranked with what it has.
+
+    Example: python -m sweep stop sweeps/pricer --trial 7
+
+    Exit codes: 0 done or asked for, 1 the directory cannot be written,
+    2 wrong input: no sweep there, or the trial has ended.
+    """
+    _ask(sweep, ledger, "stop", trial=trial)
+
+
+@app.command()
+def revive(
+    sweep: SweepDirectory,
+    trial: Annotated[int, typer.Option(help="Number of the trial.", show_default=False)],
+    ledger: LedgerUrl = None,
+) -> None:
+    """Have a trial that was stopped, by early stopping or by hand, go on from its checkpoint.
+
+    Example: python -m sweep revive sweeps/pricer --trial 3
+
+    Exit codes: 0 done or asked for, 1 the directory cannot be written,
+    2 wrong input: no sweep there, or the trial was not stopped.
+    """
+    _ask(sweep, ledger, "revive", trial=trial)
+
+
+@app.command()
+def enqueue(
+    sweep: SweepDirectory,
+    values: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE...",
+            help="The configuration; what it does not name is as the space fixes it, else the documented default.",
+            show_default=False,
+        ),
+    ],
+    ledger: LedgerUrl = None,
+) -> None:
+    """Have a configuration tried next; it is one of `search.trials`.
+
+    Example: python -m sweep enqueue sweeps/pricer r=16 learning_rate=1e-4
+
+    Exit codes: 0 done or asked for, 1 the directory cannot be written,
+    2 wrong input: no sweep there, or a configuration that is not in its space, or was tried.
+    """
+    from sweep.document import SpecError, parse
+
+    config = {}
+    for assignment in values:
+        key, equals, text = assignment.partition("=")
+        try:
+            config[key] = parse(text, assignment).data if equals else None
+        except SpecError as error:
+            raise typer.Exit(_wrong_input(error)) from error
+    _ask(sweep, ledger, "enqueue", config=config)
+
+
+@app.command()
+def pause(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
+    """Have a sweep that runs, here or on another machine, write checkpoints and end, as a SIGTERM does.
+
+    Example: python -m sweep pause sweeps/pricer
+
+    Exit codes: 0 done or asked for, 1 the directory cannot be written,
+    2 wrong input: no sweep there, or it is not running.
+    """
+    _ask(sweep, ledger, "pause")
+
+
+def _ask(sweep: str, ledger: str | None, verb: "Verb", **about: Any) -> None:
+    from sweep import requests
+    from sweep import status as statuses
+
+    try:
+        found = statuses.look(sweep, ledger)
+        url = ledger or found.spec.ledger
+        told = requests.ask(found, lambda: statuses.read(found.place, found.spec.name, url), verb, **about)
+    except (statuses.NoSweep, requests.Refused) as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    except OSError as error:
+        print(f"{sweep}: that could not be asked for: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
+    for line in told:
+        print(line)
 
 
 @app.command()

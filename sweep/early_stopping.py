@@ -5,6 +5,7 @@ from math import ceil
 
 import numpy as np
 
+from sweep.spec import EarlyStopping
 from sweep.study import Ledger
 
 
@@ -14,6 +15,21 @@ def rungs(evaluations: int, grace: int, reduction: float) -> tuple[int, ...]:
     while (rung := ceil(grace * reduction ** len(found) - 1e-9)) < evaluations:
         found.append(rung)
     return tuple(found)
+
+
+def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list[float]:
+    """Trials that are expected to reach evaluation 1, 2, …: at a rung of ASHA the best 1/reduction go on.
+
+    That is what a rung lets through when all its trials have come to it. Early ones have fewer to be compared with, so
+    a few more go on.
+    """
+    stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
+    expected, left = [], float(trials)
+    for evaluation in range(1, evaluations + 1):
+        expected.append(left)
+        if rule and evaluation in stops:
+            left = max(1.0, left / rule.reduction)
+    return expected
 
 
 def loses(loss: float, others: Sequence[float], reduction: float) -> bool:

@@ -55,7 +55,7 @@ def export_best(
     before = _exported(place)
     if before is not None and (found is None or before[1] < found[1]):
         warn(f"best/ is left as it is, of trial {before[0]:03d}: its checkpoint is damaged or gone")
-        return entries[before[0]]
+        return ledger.entry(before[0])
     if found is None:
         return None
     winner, loss, kept = found
@@ -167,7 +167,7 @@ def take_home(sweep: Status, number: int | None, *, merge: bool, public: bool) -
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
     """A trial, or that of the lowest validation loss, and its best checkpoint. Raises `NotKept`."""
     if number is not None and not any(entry.number == number for entry in entries):
-        raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)}, from 0 on")
+        raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)} trials")
     complaints: list[str] = []
     wanted = [entry for entry in entries if number in (None, entry.number) and entry.best]
     found = _lowest_intact(wanted, place, complaints.append)

@@ -68,21 +68,23 @@ def derived(
     """A study in memory in which each trial that has `values` is COMPLETE with them, for Optuna's figures.
 
     Those read COMPLETE trials alone, and most trials of a sweep are stopped: this study says what they are compared by.
-    Parameters are the fields `shown`, as they were in effect. Trials without `values` are there as FAIL, so that all
-    keep their numbers.
+    Parameters are the fields `shown`, as they were in effect. Trials without `values`, and numbers that no trial has,
+    are there as FAIL, so that all keep their numbers.
     """
     objectives = max((len(one) for one in values.values()), default=1)
     study = optuna.create_study(directions=["minimize"] * objectives)
-    for entry in entries:
-        if entry.number not in values:
+    by_number = {entry.number: entry for entry in entries}
+    for number in range(max(by_number, default=-1) + 1):
+        if number not in values:
             study.add_trial(optuna.create_trial(state=TrialState.FAIL))
             continue
+        entry = by_number[number]
         study.add_trial(
             optuna.create_trial(
-                values=list(values[entry.number]),
+                values=list(values[number]),
                 params={name: _plain(getattr(entry.config, name)) for name in shown},
                 distributions=dict(shown),
-                intermediate_values={number: loss for number, loss in entry.losses.items() if number > 0},
+                intermediate_values={each: loss for each, loss in entry.losses.items() if each > 0},
             )
         )
     return study

@@ -15,10 +15,9 @@ from plotly.offline import get_plotlyjs
 
 from sweep import figures, findings, report, tracking
 from sweep.early_stopping import rungs
-from sweep.progress import STATES
 from sweep.spec import SweepSpec
 from sweep.status import Status, shown
-from sweep.study import Entry, ranking
+from sweep.study import STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
 
 CURVES = 12

@@ -39,6 +39,15 @@ class SweepPaths:
         return self.root / "driver.pulse"
 
     @property
+    def requests(self) -> Path:
+        """What is asked of the sweep from another terminal, until the driver has acted on it."""
+        return self.root / "requests"
+
+    def request(self, name: str) -> Path:
+        """One of them."""
+        return self.requests / f"{name}.json"
+
+    @property
     def tokens(self) -> Path:
         """Tokenised data, a directory per content hash."""
         return self.root / "tokens"

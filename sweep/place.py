@@ -161,6 +161,28 @@ class Place:
         except FileNotFoundError:
             return None
 
+    def put(self, path: Path, text: str) -> None:
+        """Make a small file, which appears whole or not at all."""
+        if self.is_remote:
+            system, there = self._there(path)
+            with system.open_output_stream(there) as stream:
+                stream.write(text.encode())
+        else:
+            path.parent.mkdir(exist_ok=True)
+            unfinished = path.with_name(f".{path.name}")
+            unfinished.write_text(text)
+            unfinished.rename(path)
+
+    def files(self, directory: Path) -> list[Path]:
+        """Files of a directory, by name, those left out that are hidden; none when it is not there."""
+        if self.is_remote:
+            system, there = self._there(directory)
+            found = system.get_file_info(FileSelector(there, allow_not_found=True))
+            names = [info.base_name for info in found if info.type == FileType.File]
+        else:
+            names = [path.name for path in directory.iterdir()] if directory.exists() else []
+        return [directory / name for name in sorted(names) if not name.startswith(".")]
+
     def delete(self, path: Path) -> None:
         """Delete a file, here and there; it need not exist."""
         path.unlink(missing_ok=True)

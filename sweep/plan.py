@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sweep.early_stopping import rungs
-from sweep.spec import EarlyStopping, SweepSpec
+from sweep.early_stopping import survivors
+from sweep.spec import SweepSpec
 from sweep.study import Ledger, SpaceExhausted, first_params, propose, sample
 from sweep.tracking import described
 from trainables import data
@@ -57,21 +57,6 @@ def splits(prepared: data.Prepared) -> dict[str, Split]:
         for name, rows in found.items()
         if rows is not None
     }
-
-
-def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list[float]:
-    """Trials that are expected to reach evaluation 1, 2, …: at a rung of ASHA the best 1/reduction go on.
-
-    That is what a rung lets through when all its trials have come to it. Early ones have fewer to be compared with, so
-    a few more go on.
-    """
-    stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
-    expected, left = [], float(trials)
-    for evaluation in range(1, evaluations + 1):
-        expected.append(left)
-        if rule and evaluation in stops:
-            left = max(1.0, left / rule.reduction)
-    return expected
 
 
 def largest_micro_batch(rows: data.Rows, config: QLoRAConfig) -> tuple[int, int, int]:

@@ -9,15 +9,17 @@ from types import TracebackType
 
 from optuna.trial import TrialState
 from rich import box, console
+from rich.console import Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from sweep.study import ENDED_AS, Entry
+from sweep.forecast import duration, forecast
+from sweep.report import standing, verdict
+from sweep.spec import EarlyStopping
+from sweep.study import STATES, Entry
 from sweep.tracking import described
 from trainables.protocol import Slice
-
-STATES = {TrialState.RUNNING: "running", **ENDED_AS}
-"""Words for a trial's state."""
 
 
 class Console(console.Console):
@@ -30,13 +32,20 @@ class Console(console.Console):
 BARS = "▁▂▃▄▅▆▇█"
 ENDED_SHOWN = 12
 """Rows of ended trials in the live table: the best of them."""
+SUMMARY_SECONDS = 60.0
+"""At least so long apart are lines on the whole sweep, where there is no table."""
 
 
 @dataclass
 class _Row:
-    entry: Entry
+    """What the newest slices of a trial said."""
+
     step: int = 0
     tokens_per_second: float = 0.0
+    peak_memory: int = 0
+    gpu_load: float | None = None
+    since: float | None = None
+    """time.monotonic() of its newest evaluation, or else its first slice."""
 
 
 @dataclass
@@ -49,11 +58,13 @@ class Progress:
     """`search.trials`."""
     evaluations: int
     """`budget.evaluations`."""
+    rule: EarlyStopping | None = None
+    _entries: dict[int, Entry] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _live: Live | None = None
     _told: set[str] = field(default_factory=set)
-    _ended_before: int = 0
+    _summed_up: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
@@ -75,20 +86,25 @@ class Progress:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def resumed(self, entries: Sequence[Entry]) -> None:
-        self._ended_before = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        unfinished = len(entries) - self._ended_before
-        goes_on = "The sweep goes on" if unfinished or self._ended_before < self.trials else "Nothing is left to do"
+        self._entries = {entry.number: entry for entry in entries}
+        done = sum(entry.state is not TrialState.RUNNING for entry in entries)
+        unfinished = len(entries) - done
+        goes_on = "The sweep goes on" if unfinished or done < self.trials else "Nothing is left to do"
         begun = f"{unfinished} unfinished, " if unfinished else ""
-        self.note(f"{goes_on}: {self._ended_before} trials are done, {begun}{self.trials} are asked for.")
+        self.note(f"{goes_on}: {done} trials are done, {begun}{self.trials} are asked for.")
 
     def started(self, entry: Entry) -> None:
         again = " again" if entry.cost.steps or entry.losses else ""
-        self._rows[entry.number] = _Row(entry)
+        self._entries[entry.number] = entry
+        self._rows[entry.number] = _Row()
         self._say(f"trial {entry.number:3d} started{again}: {described(entry.config, self.searched)}")
 
     def advanced(self, entry: Entry, slice_: Slice) -> None:
+        self._entries[entry.number] = entry
         row = self._rows[entry.number]
-        row.entry = entry
+        row.peak_memory, row.gpu_load = max(row.peak_memory, slice_.peak_memory), slice_.gpu_load
+        if row.since is None or slice_.evaluation is not None:
+            row.since = time.monotonic()
         if slice_.steps:
             seconds = sum(step.seconds for step in slice_.steps)
             row.step = slice_.steps[-1].step
@@ -100,24 +116,42 @@ class Progress:
             self._say(f"trial {entry.number:3d} step {done.step}, {what}: validation loss {done.loss:.4f}{speed}")
 
     def ended(self, entry: Entry) -> None:
-        self._rows[entry.number].entry = entry
+        self._entries[entry.number] = entry
+        self._rows.pop(entry.number, None)
         best = f", best {entry.best[1]:.4f}" if entry.best else ""
         why = f" ({entry.reason})" if entry.reason else ""
         self._say(f"trial {entry.number:3d} {STATES[entry.state]}{best}{why}")
+        if time.monotonic() - self._summed_up > SUMMARY_SECONDS:
+            self._summed_up = time.monotonic()
+            entries = list(self._entries.values())
+            left = duration(forecast(entries, self.trials, self.evaluations, self.rule).seconds)
+            self._say(f"{standing(entries, self.trials)}{'' if left == '-' else f', about {left} left'}")
 
     def _say(self, line: str) -> None:
         if not self._live:
             self.console.print(f"{time.monotonic() - self._began:7.1f} s  {line}", highlight=False, soft_wrap=True)
 
-    def table(self) -> Table:
-        """Running trials below the best of those that have ended."""
-        entries = [row.entry for row in self._rows.values()]
-        ended = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        minutes = (time.monotonic() - self._began) / 60
+    def table(self) -> Group:
+        """How far the sweep is, above the trials; the best so far and the load of the machine below."""
+        now, entries = time.monotonic(), sorted(self._entries.values(), key=lambda entry: entry.number)
+        done = sum(entry.state is not TrialState.RUNNING for entry in entries)
+        since = {number: now - row.since for number, row in self._rows.items() if row.since is not None}
+        ahead = forecast(entries, self.trials, self.evaluations, self.rule, since)
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            ProgressBar(total=1.0, completed=ahead.share, width=20),
+            f"{ahead.share:.0%}, {done} of {self.trials} trials done in {duration(now - self._began)},"
+            f" time left {duration(ahead.seconds)}",
+        )
         speeds = {number: row.tokens_per_second for number, row in self._rows.items()}
-        table = overview(entries, self.searched, self.evaluations, speeds)
-        table.title = f"{self._ended_before + ended} of {self.trials} trials done, {minutes:.1f} min"
-        return table
+        loads = [row.gpu_load for row in self._rows.values() if row.gpu_load is not None]
+        memory = max((row.peak_memory for row in self._rows.values()), default=0)
+        return Group(
+            head,
+            overview(entries, self.searched, self.evaluations, speeds, ahead.of_trial),
+            *verdict(entries),
+            *machine(memory, sum(loads) / len(loads) if loads else None),
+        )
 
 
 def overview(
@@ -125,20 +159,21 @@ def overview(
     searched: Sequence[str],
     evaluations: int,
     speeds: Mapping[int, float],
+    seconds_left: Mapping[int, float],
     *,
     alive: bool = True,
 ) -> Table:
     """A row for each running trial, below the best of those that have ended.
 
-    `speeds` are tokens per second by trial; where there is none, that of all the trial's time is shown. `alive`: what
-    runs by the ledger does run.
+    `speeds` are tokens per second by trial; where there is none, that of all the trial's time is shown. `seconds_left`
+    are those of running trials, if nothing stops them. `alive`: what runs by the ledger does run.
     """
     by_loss = sorted(entries, key=lambda entry: entry.best[1] if entry.best else math.inf)
     running = [entry for entry in by_loss if entry.state is TrialState.RUNNING]
     ended = [entry for entry in by_loss if entry.state is not TrialState.RUNNING]
     losses = sorted(loss for entry in entries for number, loss in entry.losses.items() if number > 0)
     table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("trial", "configuration", "state", "eval.", "losses", "newest", "best", "tokens/s"):
+    for heading in ("trial", "configuration", "state", "eval.", "losses", "newest", "best", "tokens/s", "left"):
         left = heading in ("configuration", "state", "losses")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "configuration")
     for entry in [*ended[:ENDED_SHOWN], *running]:
@@ -154,11 +189,22 @@ def overview(
             "" if newest is None else f"{newest:.4f}",
             "" if entry.best is None else f"{entry.best[1]:.4f}",
             f"{speed:,.0f}" if speed else "",
+            duration(seconds_left.get(entry.number)) if runs else "",
             style="bold" if runs and alive else None,
         )
     if (left_out := len(ended) - ENDED_SHOWN) > 0:
         table.caption = f"{left_out} ended trials with higher losses are left out"
     return table
+
+
+def machine(memory: int, gpu_load: float | None) -> list[str]:
+    """A line on the load of the machine, if anything is known of it: bytes of the largest process, and share of the
+    time in which GPUs compute."""
+    on_gpu = gpu_load is not None
+    busy = f", GPUs compute {gpu_load:.0%} of the time" if on_gpu else ""
+    return (
+        [f"{'GPU memory' if on_gpu else 'memory'} of the largest process {memory / 1e9:.1f} GB{busy}"] if memory else []
+    )
 
 
 def sparkline(losses: Sequence[float], scale: Sequence[float]) -> str:

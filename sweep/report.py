@@ -6,8 +6,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from sweep.progress import STATES
-from sweep.study import Entry, Ledger, ranking
+from sweep.study import STATES, Entry, Ledger, ranking
 from sweep.tracking import described
 
 

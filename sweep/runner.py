@@ -35,6 +35,7 @@ from sweep.paths import LOCK_SECONDS, SweepPaths
 from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
 from sweep.repair import starting_halvings
+from sweep.requests import COMMAND, Requests, enqueued
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
@@ -139,12 +140,17 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
+            if ledger.noted(COMMAND) != again:
+                ledger.note(COMMAND, again)
+            requests = Requests(ledger, place, spec.space, holds=lease.holds, drain=drain, listener=listener)
+            requests.begin()
             if len(ledger):
                 listener.resumed(ledger.entries())
 
             first_rung = spec.early_stopping.grace if spec.early_stopping else 1
 
             watch = Watch(drain, spec.trial_timeout, alone=address == "local")
+            watch.requests = requests
             entries = ledger.entries()
             unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
             left = unfinished + max(0, spec.search.trials - len(entries))
@@ -213,7 +219,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 )
 
             def ask(entries: list[Entry]) -> Proposal:
-                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, first)
+                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, [*enqueued(ledger), *first])
 
             searcher = LedgerSearcher(
                 ledger,
@@ -226,6 +232,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 started=started,
                 ready=engines.ready if engines else lambda running: True,
             )
+            requests.put_back = searcher.hand_out_again
             scheduler = LedgerScheduler(
                 ledger,
                 settle=settled,
@@ -280,7 +287,9 @@ def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
 
     `emptied` are those of which nothing is left, to be passed to the next call: they are not looked at again.
     """
-    ended = [entry for entry in ledger.entries() if entry.state is not TrialState.RUNNING]
+    entries = ledger.entries()
+    ended = [entry for entry in entries if entry.state is not TrialState.RUNNING]
+    emptied -= {entry.number for entry in entries} - {entry.number for entry in ended}  # they were revived
     contenders = {entry.number for entry in ranking(ended)[:keep]}
     for number in [entry.number for entry in ended if entry.number not in emptied]:
         directory = place.paths.trial(number)

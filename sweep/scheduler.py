@@ -24,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from sweep.engine import Engines, node_is_gone
 from sweep.preemption import Drain
 from sweep.repair import may_halve
+from sweep.requests import BY_HAND, Requests
 from sweep.study import ENDED_AS, Entry, Ledger
 from sweep.trainable import Failure, Lease
 from trainables.protocol import Slice
@@ -35,7 +36,7 @@ ACCIDENTS = 8
 ENGINE_SECONDS = 30.0
 """In this time all trials of an engine have told that it is lost."""
 LOOK_SECONDS = 1.0
-"""How often the cluster is asked which of its machines are taken away."""
+"""How often the cluster is asked which of its machines are taken away, and the sweep directory for requests."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -93,6 +94,8 @@ class Watch(tune.Callback, tune.Stopper):
         """Nodes of the cluster that are being taken away."""
         self.engines: Engines | None = None
         """To be looked after, when trials share devices."""
+        self.requests: Requests | None = None
+        """To be acted on."""
         self.saving: list[ray.ObjectRef[str | None]] = []
         """Last checkpoints that are being written; each gives the reason when it could not be."""
 
@@ -116,6 +119,8 @@ class Watch(tune.Callback, tune.Stopper):
                     self.engines.look()
                 except RuntimeError as error:
                     self._drain.request("breakdown", str(error))
+            if self.requests is not None:
+                self.requests.look({trial.config["assignment"].number for trial in trials if not trial.is_finished()})
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
             number = trial.config["assignment"].number
@@ -217,6 +222,10 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.fail(number, slice_.failure)
             return TrialScheduler.STOP
         if slice_.evaluation is not None and self._settle(number):
+            return TrialScheduler.STOP
+        if self._watch.requests is not None and number in self._watch.requests.to_stop:
+            self._ledger.spend(number, result["cost"])
+            self._ledger.stop(number, BY_HAND)
             return TrialScheduler.STOP
         if result["nodes"] & self._watch.draining and not self._drain():
             self._ledger.spend(number, result["cost"])

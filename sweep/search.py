@@ -59,7 +59,8 @@ class LedgerSearcher(Searcher):
             return Searcher.FINISHED
 
     def _suggest(self) -> Any:
-        self._handed_out = {n for n in self._handed_out if self._ledger.entry(n).state is TrialState.RUNNING}
+        self._handed_out = {number for number in self._handed_out if self._is_open(number)}
+        self._unfinished = [number for number in self._unfinished if self._is_open(number)]
         if not self._is_left():
             return None if self._handed_out else Searcher.FINISHED  # one of those may have to be handed out again
         if len(self._handed_out) >= self._concurrency or not self._ready(len(self._handed_out)):
@@ -72,10 +73,14 @@ class LedgerSearcher(Searcher):
         return {"assignment": self._assign(entry)}
 
     def hand_out_again(self, number: int) -> None:
-        """Put a trial back that lost its process: it is the next, and goes on from its newest checkpoint."""
+        """Put a trial back that lost its process, or was revived: it is the next, and goes on from its newest
+        checkpoint."""
         self._handed_out.discard(number)
         if number not in self._unfinished:
             self._unfinished.insert(0, number)
+
+    def _is_open(self, number: int) -> bool:
+        return self._ledger.entry(number).state is TrialState.RUNNING
 
     def _is_left(self) -> bool:
         return bool(self._unfinished) or (len(self._ledger) < self._trials and not self.exhausted)

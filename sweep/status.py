@@ -10,10 +10,12 @@ from rich.console import Console
 
 from sweep import report
 from sweep import spec as specs
+from sweep.forecast import Forecast, duration, forecast
 from sweep.place import Place
-from sweep.progress import STATES, overview
+from sweep.progress import machine, overview
+from sweep.requests import Request, waiting
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import Entry, Ledger, ranking, read_journal, read_url
+from sweep.study import STATES, Entry, Ledger, ranking, read_journal, read_url
 
 
 class NoSweep(Exception):
@@ -32,6 +34,25 @@ class Status:
     entries: Sequence[Entry]
     driver: str | None
     """Who runs it; None when nobody does."""
+    waiting: Sequence[Request] = ()
+    """What was asked for and not done yet."""
+
+    @property
+    def forecast(self) -> Forecast:
+        """What is left, as of the newest evaluations."""
+        spec = self.spec
+        return forecast(self.entries, spec.search.trials, spec.budget.evaluations, spec.early_stopping or None)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a process which trains used at most."""
+        return max((entry.cost.peak_memory for entry in self.entries), default=0)
+
+    @property
+    def gpu_load(self) -> float | None:
+        """Share of the time of training in which a GPU was computing; None without a GPU."""
+        elapsed, busy = (sum(getattr(e.cost, what) for e in self.entries) for what in ("elapsed", "gpu_seconds"))
+        return busy / elapsed if busy else None
 
 
 def look(directory: str, ledger: str | None = None) -> Status:
@@ -55,12 +76,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
     url = ledger or recorded.ledger
     if url and "***" in url:
         raise NoSweep(f"{place.url}: its ledger is {url}; give the URL with its password: --ledger URL")
-    try:
-        study = read_url(url, recorded.name) if url else read_journal(paths.ledger, recorded.name)
-    except FileNotFoundError as error:
-        raise NoSweep(f"{place.url} has no ledger: its driver has not begun, or {paths.ledger} was moved") from error
-    except Exception as error:  # whatever a database's driver raises
-        raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
+    study = read(place, recorded.name, url)
     entries = study.entries()
     for entry in entries:
         try:
@@ -72,9 +88,21 @@ def look(directory: str, ledger: str | None = None) -> Status:
             ) from error
     try:
         driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
+        asked = waiting(place)
     except OSError as error:  # a directory of somebody else, a store that does not answer
-        driver = f"a process or not, which cannot be seen ({error})"
-    return Status(place, recorded, study, entries, driver)
+        driver, asked = f"a process or not, which cannot be seen ({error})", []
+    return Status(place, recorded, study, entries, driver, asked)
+
+
+def read(place: Place, name: str, url: str | None) -> Ledger:
+    """The ledger of the sweep called `name`, in the database at `url` or in its journal. Raises `NoSweep`."""
+    try:
+        return read_url(url, name) if url else read_journal(place.paths.ledger, name)
+    except FileNotFoundError as error:
+        told = f"{place.url} has no ledger: its driver has not begun, or {place.paths.ledger} was moved"
+        raise NoSweep(told) from error
+    except Exception as error:  # whatever a database's driver raises
+        raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
 
 
 def _is_driven(place: Place) -> bool:
@@ -96,16 +124,23 @@ def show(console: Console, status: Status) -> None:
     searched, trials, evaluations = spec.space.searched, spec.search.trials, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
     console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
+    ahead = status.forecast
     if entries:
-        console.print(overview(entries, searched, evaluations, {}, alive=status.driver is not None))
-    for line in report.verdict(entries):
+        console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
+    for line in [*report.verdict(entries), *machine(status.memory, status.gpu_load)]:
         console.print(line, highlight=False)
-    console.print(f"{report.standing(entries, trials)}.", highlight=False)
+    left = (
+        f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""
+    )
+    console.print(f"{report.standing(entries, trials)}{left}.", highlight=False)
+    for request in status.waiting:
+        console.print(f"Asked for, and not done yet: {request}", highlight=False)
 
 
 def as_json(status: Status) -> dict[str, Any]:
     """The same as plain values; seconds, bytes, and losses by evaluation."""
     best = next(iter(ranking(status.entries)), None)
+    default, ahead = report.usual_default(status.entries), status.forecast
     return {
         "name": status.spec.name,
         "place": status.place.url,
@@ -114,11 +149,18 @@ def as_json(status: Status) -> dict[str, Any]:
         "evaluations": status.spec.budget.evaluations,
         "base_loss": report.base_loss(status.entries),
         "best_trial": best and best.number,
-        "trials": [_trial(entry) for entry in status.entries],
+        "best_loss": best and best.best and best.best[1],
+        "default_loss": default and default.best and default.best[1],
+        "share_done": ahead.share,
+        "seconds_left": ahead.seconds,
+        "peak_memory": status.memory,
+        "gpu_load": status.gpu_load,
+        "waiting": [str(request) for request in status.waiting],
+        "trials": [_trial(entry, ahead.of_trial.get(entry.number)) for entry in status.entries],
     }
 
 
-def _trial(entry: Entry) -> dict[str, Any]:
+def _trial(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
     evaluation, loss = entry.best or (None, None)
     return {
         "trial": entry.number,
@@ -129,6 +171,7 @@ def _trial(entry: Entry) -> dict[str, Any]:
         "best_evaluation": evaluation,
         "best_loss": loss,
         "halvings": entry.halvings,
+        "seconds_left": seconds_left,
         **asdict(entry.cost),
     }
 

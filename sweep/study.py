@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ ENDED_AS: Mapping[TrialState, Literal["complete", "stopped", "failed"]] = {
     TrialState.FAIL: "failed",
 }
 """Our words for the ends of a trial."""
+STATES = {TrialState.RUNNING: "running", **ENDED_AS}
+"""Our words for all states of a trial."""
 
 Sampler = Literal["tpe", "random", "grid", "gp"]
 
@@ -52,7 +55,8 @@ class Entry:
 
     @property
     def number(self) -> int:
-        return self.trial.number
+        """That under which it was begun; see `Ledger.revive`."""
+        return _number(self.trial)
 
     @property
     def state(self) -> TrialState:
@@ -112,6 +116,11 @@ class Entry:
         return int(self.trial.user_attrs.get("silences", 0))
 
 
+def _number(trial: FrozenTrial) -> int:
+    number: int = trial.user_attrs.get("revives", trial.number)
+    return number
+
+
 class Ledger:
     """The study of one sweep. One driver writes; anybody may read."""
 
@@ -147,21 +156,44 @@ class Ledger:
         return [
             trial.intermediate_values[evaluation]
             for trial in self._frozen()
-            if evaluation in trial.intermediate_values and trial.number != without
+            if evaluation in trial.intermediate_values and _number(trial) != without
         ]
 
     def add(self, proposal: "Proposal") -> Entry:
         """Write a proposed trial, RUNNING from now on, in one append."""
-        number = len(self)
+        return self._add(proposal.params, proposal.distributions, {"config": proposal.config.model_dump_json()}, {})
+
+    def revive(self, number: int) -> Entry:
+        """Have a trial that was stopped run on, as one that was interrupted would, in one append.
+
+        It is not stopped again at the rungs that it came to. Optuna changes no trial that has ended, so a new one is
+        added, with all that is known of the old one, which from now on it stands for: here that is seen no more.
+        """
+        trial = self.entry(number).trial
+        known = {key: value for key, value in trial.user_attrs.items() if key != "reason"}
+        rung = max(trial.intermediate_values, default=0)
+        attributes = known | {"revives": number, "promoted": rung}
+        return self._add(trial.params, trial.distributions, attributes, trial.intermediate_values)
+
+    def _add(
+        self,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, optuna.distributions.BaseDistribution],
+        attributes: Mapping[str, Any],
+        losses: Mapping[int, float],
+    ) -> Entry:
         self._study.add_trial(
             optuna.create_trial(
                 state=TrialState.RUNNING,
-                params=dict(proposal.params),
-                distributions=dict(proposal.distributions),
-                user_attrs={"config": proposal.config.model_dump_json()},
+                params=dict(params),
+                distributions=dict(distributions),
+                user_attrs=dict(attributes),
+                intermediate_values=dict(losses),
             )
         )
-        return self.entry(number)
+        added = max(self._study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+        self._ids[_number(added)] = added._trial_id
+        return Entry(added)
 
     def report(self, number: int, evaluation: int, loss: float) -> None:
         """Write a validation loss; the same one again changes nothing."""
@@ -197,7 +229,7 @@ class Ledger:
         self._storage.set_trial_state_values(self._id(number), TrialState.COMPLETE, [best[1]])
 
     def stop(self, number: int, reason: str) -> None:
-        """End a trial that early stopping gave up."""
+        """End a trial that early stopping, or somebody, gave up."""
         self._end(number, TrialState.PRUNED, reason)
 
     def fail(self, number: int, reason: str, traceback: str | None = None) -> None:
@@ -221,11 +253,12 @@ class Ledger:
     def _id(self, number: int) -> int:
         """The storage's own number; to look through all trials for it each time would make long sweeps slow."""
         if number not in self._ids:
-            self._ids = {trial.number: trial._trial_id for trial in self._frozen()}
+            self._ids = {_number(trial): trial._trial_id for trial in self._frozen()}
         return self._ids[number]
 
     def _frozen(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        """All trials, by number; of one that was revived the newest."""
+        return list({_number(trial): trial for trial in self._study.get_trials(deepcopy=False)}.values())
 
 
 def open_journal(path: Path, name: str, warn: Callable[[str], object] = warnings.warn) -> Ledger:
@@ -351,12 +384,10 @@ def propose(
     and works on a copy in memory, so that a kill at any moment changes nothing. A configuration that an entry already
     has is never proposed again; raises `SpaceExhausted` when none is left.
     """
-    number = len(entries)
-    if number < len(first):
-        return _draw(optuna.trial.FixedTrial(dict(first[number])), space)
-    known = {entry.trial.user_attrs["config"] for entry in entries}
-    for proposal in _draws(entries, space, sampler, seed):
-        if proposal.config.model_dump_json() not in known:
+    known = {entry.config for entry in entries}
+    wanted = (drawn(params, space) for params in first)
+    for proposal in chain(wanted, _draws(entries, space, sampler, seed)):
+        if proposal.config not in known:
             return proposal
     raise SpaceExhausted(f"all {len(known)} configurations of the space have been tried")
 
@@ -387,7 +418,12 @@ def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) 
 
 
 def _grid(space: Space) -> Iterator[Proposal]:
-    return (_draw(optuna.trial.FixedTrial(params), space) for params in space.grid())
+    return (drawn(params, space) for params in space.grid())
+
+
+def drawn(params: Mapping[str, Any], space: Space) -> Proposal:
+    """The configuration that these Optuna parameters stand for. ValueError when they lie outside of the space."""
+    return _draw(optuna.trial.FixedTrial(dict(params)), space)
 
 
 def _ask(study: optuna.Study, space: Space, sampler: optuna.samplers.BaseSampler) -> Proposal:

@@ -184,7 +184,7 @@ class SlicedTrial(tune.Trainable):
             due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
             if due and slice_.evaluation is None:
                 slice_ = slice_.followed_by(self._trial.hold())
-            self._cost = self._cost.plus(slice_)
+            self._cost = self._cost.plus(slice_, self._elapsed())
         # Before the checkpoint: a kill between the two then repeats rows, which tracking knows, and loses none.
         self._log(slice_)
         if slice_.evaluation is not None:
@@ -221,7 +221,7 @@ class SlicedTrial(tune.Trainable):
         try:
             if self._trial is not None:
                 slice_ = self._trial.hold()
-                self._cost = self._cost.plus(slice_)
+                self._cost = self._cost.plus(slice_, self._elapsed())
                 self._log(slice_)
                 if self._trial.step > 0 and slice_.failure is None:
                     self._save()
@@ -265,8 +265,14 @@ class SlicedTrial(tune.Trainable):
             self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
         self._banner = trial.banner
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
+        self._counted = time.monotonic()
         self._saved_as = (trial.step, len(trial.evaluations))
         return trial
+
+    def _elapsed(self) -> float:
+        """Seconds since this was called last, or the trial was ready."""
+        before, self._counted = self._counted, time.monotonic()
+        return self._counted - before
 
     def _start(self, found: checkpoint.Checkpoint | None) -> Trial:
         mine = self._assignment

@@ -47,7 +47,7 @@ echo "${{COMPREPLY[@]}}"
 """
 
 
-@pytest.mark.parametrize(("words", "completed"), [("st", "status"), ("export --me", "--merge")])
+@pytest.mark.parametrize(("words", "completed"), [("sta", "status"), ("export --me", "--merge")])
 def test_bash_completes(words, completed):
     """`python -m sweep` gives the script of the command that it is installed as: `python` itself is left alone."""
     there = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -10,7 +10,8 @@ from bitsandbytes.functional import name2qmap
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Gemma2Config, GPT2Config
 
-from sweep.plan import largest_micro_batch, survivors
+from sweep.early_stopping import survivors
+from sweep.plan import largest_micro_batch
 from sweep.spec import EarlyStopping
 from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_opt

@@ -52,7 +52,8 @@ def result(**changes):
 
 def ray_trial(number):
     saved = SimpleNamespace(remote=lambda: "reference")
-    actor = SimpleNamespace(save_and_leave=saved, exit=SimpleNamespace(remote=lambda save: None))
+    nothing = SimpleNamespace(remote=lambda *what: None)
+    actor = SimpleNamespace(save_and_leave=saved, exit=nothing, conclude=nothing)
     return SimpleNamespace(
         config={"assignment": SimpleNamespace(number=number)}, temporary_state=SimpleNamespace(ray_actor=actor)
     )
@@ -141,6 +142,20 @@ def test_a_trial_is_not_handed_out_again_without_end():
         ours.on_trial_result(None, ray_trial(other), result())
     assert drain.reason.startswith("trial 0 broke down for the 9th time, with ConnectionError: no route")
     assert ledger.entry(number).state is TrialState.RUNNING
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_a_trial_that_somebody_stops_ends_with_its_next_slice():
+    """Whose loss is written before."""
+    ledger = memory_ledger()
+    number, other = add_trial(ledger), add_trial(ledger)
+    ours = scheduler(ledger, Drain())
+    ours._watch.requests = SimpleNamespace(to_stop={number})
+    assert ours.on_trial_result(None, ray_trial(other), result()) == TrialScheduler.CONTINUE
+    assert ours.on_trial_result(None, ray_trial(number), result(cost=Cost(steps=4))) == TrialScheduler.STOP
+    entry = ledger.entry(number)
+    assert (entry.state, entry.reason, entry.losses) == (TrialState.PRUNED, "stopped by hand", {1: 2.0})
+    assert entry.cost.steps == 4
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")

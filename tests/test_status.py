@@ -1,16 +1,24 @@
 """How a sweep stands, asked while it runs and afterwards."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from sweep.place import Place
 from sweep.progress import sparkline
+from sweep.spec import load
+from sweep.status import Status, as_json, show
 from tests import sweeps
+from tests.ledgers import add_trial, memory_ledger
+from trainables.protocol import Cost
 
 
 def status(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -50,6 +58,28 @@ def test_while_it_runs_and_when_it_has_ended(space):
     assert [trial["best_loss"] for trial in told["trials"]] == [entry.best[1] for entry in entries]
     assert min(trial["best_loss"] for trial in told["trials"]) == told["trials"][told["best_trial"]]["best_loss"]
     assert {trial["state"] for trial in told["trials"]} <= {"complete", "stopped"}
+    assert (told["share_done"], told["seconds_left"], told["waiting"]) == (1.0, 0.0, [])
+    assert (told["best_loss"], told["default_loss"]) == (min(e.best[1] for e in entries), entries[0].best[1])
+    assert all(entry.cost.elapsed > 0 for entry in entries)
+
+
+def test_what_is_left(space):
+    """Of nine evaluations of 2 s each; on a GPU that computes half the time."""
+    ledger = memory_ledger()
+    number = add_trial(ledger)
+    ledger.report(number, 1, 2.0)
+    ledger.spend(number, Cost(elapsed=2.0, gpu_seconds=1.0, peak_memory=3 * 10**9))
+    spec = load(space, ["search.trials=1", "early_stopping=false"])
+    out = io.StringIO()
+    found = Status(Place("/sweeps/toy"), spec, ledger, ledger.entries(), "me", [])
+    told = as_json(found)
+    assert (told["seconds_left"], told["trials"][0]["seconds_left"], told["share_done"]) == (16.0, 16.0, 1 / 9)
+    assert (told["gpu_load"], told["peak_memory"]) == (0.5, 3 * 10**9)
+    show(Console(file=out, width=120), found)
+    assert "about 16 s left." in out.getvalue()
+    assert "GPU memory of the largest process 3.0 GB, GPUs compute 50% of the time" in out.getvalue()
+    show(Console(file=out, width=120), replace(found, driver=None))
+    assert "about 16 s left, once it goes on." in out.getvalue()
 
 
 def test_a_killed_sweep_is_unfinished(space):

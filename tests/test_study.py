@@ -175,5 +175,6 @@ def test_optuna_reads_the_ledger_as_its_own(tmp_path):
 def test_cost_adds_up_over_slices():
     steps = (Step(1, 2.0, 1e-4, 1.0, tokens=30, seconds=0.5), Step(2, 2.0, 1e-4, 1.0, tokens=20, seconds=0.5))
     cost = Cost(seconds=1.0, steps=1, tokens=10, peak_memory=7)
-    cost = cost.plus(Slice(steps, None, None, False, 5)).plus(Slice((), Evaluation(1, 2, 1.0, 40, 2.0), None, False, 9))
-    assert cost == Cost(seconds=4.0, steps=3, tokens=100, peak_memory=9)
+    cost = cost.plus(Slice(steps, None, None, False, 5), 1.5)
+    cost = cost.plus(Slice((), Evaluation(1, 2, 1.0, 40, 2.0), None, False, 9, gpu_load=0.5), 3.0)
+    assert cost == Cost(seconds=4.0, steps=3, tokens=100, peak_memory=9, elapsed=4.5, gpu_seconds=1.5)

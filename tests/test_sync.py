@@ -426,3 +426,16 @@ def test_wrong_directories(sweep: Path, server: WandbServer, tmp_path: Path) -> 
     assert (nothing.exit_code, nothing.stderr) == (0, "")
     assert nothing.stdout == f"W&B has 0 of 0 runs of {sweep}, 0 of them sent now.\n"
     assert server.requests == []
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_revived_trial(sweep: Path, server: WandbServer, mode: tracking.Mode) -> None:
+    """Its run had an end, which W&B has already, and gets another one."""
+    attempt(sweep, "id", *FIRST, state="stopped", mode=mode, stop_reason="stopped by hand", best_step=100)
+    assert run(sweep).exit_code == 0
+    assert (server.runs["id"].summary["state"], server.runs["id"].exit_code) == ("stopped", 0)
+    attempt(sweep, "id", *SECOND, mode=mode, best_step=150)
+    done = run(sweep)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert_complete(sweep, server)
+    assert "stop_reason" not in server.runs["id"].summary

@@ -118,6 +118,9 @@ class Slice:
     peak_memory: int
     """Bytes of the process, with all trials that it holds: on a GPU the most that was allocated since the trial
     started, on a CPU the resident set."""
+    gpu_load: float | None = None
+    """Share of the last moment, up to a second, in which the GPU was computing, for whatever process; None where there
+    is no GPU, or it does not say."""
 
     def followed_by(self, later: "Slice") -> "Slice":
         """Both as one, where this one has no evaluation."""
@@ -136,15 +139,22 @@ class Cost:
     """Tokens that went through the model in training and validation."""
     peak_memory: int = 0
     """Bytes; the most that an attempt used."""
+    elapsed: float = 0.0
+    """Wall clock in which it was in training: what other trials of its process took and checkpoints included, loading
+    the model not."""
+    gpu_seconds: float = 0.0
+    """Part of `elapsed` in which the GPU was computing, for whatever process."""
 
-    def plus(self, slice_: Slice) -> "Cost":
-        """This cost and that of one more slice."""
+    def plus(self, slice_: Slice, elapsed: float) -> "Cost":
+        """This cost and that of one more slice, `elapsed` seconds after the one before."""
         evaluation = slice_.evaluation
         return Cost(
             seconds=self.seconds + sum(s.seconds for s in slice_.steps) + (evaluation.seconds if evaluation else 0.0),
             steps=self.steps + len(slice_.steps),
             tokens=self.tokens + sum(s.tokens for s in slice_.steps) + (evaluation.tokens if evaluation else 0),
             peak_memory=max(self.peak_memory, slice_.peak_memory),
+            elapsed=self.elapsed + elapsed,
+            gpu_seconds=self.gpu_seconds + elapsed * (slice_.gpu_load or 0.0),
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pynvml
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
@@ -59,6 +60,14 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device ran out of memory, which not all libraries say in torch's way."""
     said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def gpu_load(device: torch.device) -> float | None:
+    """See `Slice.gpu_load`; a millisecond's work for the driver of the GPU."""
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (pynvml.NVMLError, RuntimeError):  # as on a part of a GPU (MIG), and where the library of NVML is missing
+        return None
 
 
 class QLoRATrial:
@@ -135,10 +144,10 @@ class QLoRATrial:
     def news(self) -> Slice:
         """What happened since the last call."""
         if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
+            memory, load = torch.cuda.max_memory_allocated(self.device), gpu_load(self.device)
         else:
-            memory = psutil.Process().memory_info().rss
-        slice_ = Slice(tuple(self.new_steps), self.new_evaluation, self.failure, self.over, memory)
+            memory, load = psutil.Process().memory_info().rss, None
+        slice_ = Slice(tuple(self.new_steps), self.new_evaluation, self.failure, self.over, memory, load)
         self.new_steps, self.new_evaluation = [], None
         return slice_
 

@@ -223,6 +223,19 @@ def test_a_torn_upload_is_no_checkpoint(place, tmp_path, monkeypatch):
     assert checkpoint.newest(place.paths.trial(0)).step == 10
 
 
+def test_a_request_reaches_the_machine_of_the_driver(place, tmp_path, monkeypatch):
+    assert place.files(place.paths.requests) == []
+    for name in ("2", "1"):
+        place.put(place.paths.request(name), f"{{{name}}}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    first, second = place.files(place.paths.requests)
+    assert (first, place.text(first)) == (place.paths.request("1"), "{1}")
+    place.delete(first)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert [file.name for file in place.files(place.paths.requests)] == [second.name]
+    assert not place.holds(place.paths.request("1"))
+
+
 def test_a_copy_of_an_earlier_sweep_of_the_same_name_is_not_used(place):
     trial = place.paths.trial(0)
     place.claim("new")

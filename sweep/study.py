@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -62,9 +62,9 @@ class Entry:
     def state(self) -> TrialState:
         return self.trial.state
 
-    @cached_property
+    @property
     def config(self) -> QLoRAConfig:
-        return QLoRAConfig.model_validate_json(self.trial.user_attrs["config"])
+        return _config(self.trial.user_attrs["config"])
 
     @property
     def losses(self) -> Mapping[int, float]:
@@ -114,6 +114,12 @@ class Entry:
     def silences(self) -> int:
         """How often its process was killed because nothing was heard of it."""
         return int(self.trial.user_attrs.get("silences", 0))
+
+
+@lru_cache(maxsize=100_000)
+def _config(recorded: str) -> QLoRAConfig:
+    """Kept, for all trials are looked at for every proposal."""
+    return QLoRAConfig.model_validate_json(recorded)
 
 
 def _number(trial: FrozenTrial) -> int:

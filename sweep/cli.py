@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -62,38 +63,76 @@ def run(
     Exit codes: 0 done, 1 no trial finished or five in a row broke down,
     2 wrong input and nothing was started, 75 preempted: run it again.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # until `runner` takes them over: nothing has begun
+    _nothing_has_begun()
+    from sweep.spec import SpecError, load
+
+    try:
+        spec = load(space, set_ or [])
+    except SpecError as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    _run(spec, address)
+
+
+@app.command()
+def rerun(
+    sweep: SweepDirectory,
+    trial: Annotated[int, typer.Option(help="Number of the trial.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. budget.epochs=3. Repeatable."),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster to join; `local` starts one on this machine alone.")
+    ] = "local",
+    ledger: LedgerUrl = None,
+) -> None:
+    """Train the configuration of a trial again: a sweep of one trial, NAME-rerun-NNN, beside the other.
+
+    Example: python -m sweep rerun sweeps/pricer --trial 7 --set budget.epochs=3
+
+    Model, data, budget and seed are as recorded unless set otherwise. The same command goes on with it.
+
+    Exit codes: 0 done, 1 the trial did not finish, 2 wrong input and nothing was started, 75 preempted: run it again.
+    """
+    _nothing_has_begun()
+    from sweep.spec import SpecError
+    from sweep.status import NoSweep, look, rerun_spec
+
+    try:
+        spec = rerun_spec(look(sweep, ledger), trial, set_ or [], ledger)
+    except (NoSweep, SpecError) as error:
+        raise typer.Exit(_wrong_input(error)) from error
+    _run(spec, address)
+
+
+def _nothing_has_begun() -> None:
+    """Signals end the process, until `runner` takes them over."""
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
-    code = _run(space, set_ or [], address)
+
+
+def _run(spec: "SweepSpec", address: str) -> NoReturn:
+    """Run a sweep, and end the process."""
+    code = _outcome(spec, address)
     with suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)  # takes a local Ray cluster along, at once
 
 
-def _run(space: Path, overrides: list[str], address: str) -> int:
-    from sweep.spec import SpecError, load
-
-    try:
-        spec = load(space, overrides)
-    except SpecError as error:
-        return _wrong_input(error)
-
+def _outcome(spec: "SweepSpec", address: str) -> int:
+    """Run a sweep and tell how it ended; the exit code."""
     from sweep import report, runner
-    from sweep.progress import Console, Progress
+    from sweep.progress import Progress, terminal
     from trainables.data import DataError
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
-    console = Console(markup=False, emoji=False, width=width)  # paths and error messages hold brackets
-    shown = [
-        "ledger=" + runner.without_password(word.removeprefix("ledger=")) if word.startswith("ledger=") else word
-        for word in sys.argv[1:]
-    ]
-    again = shlex.join(["python", "-m", "sweep", *shown])
+    console = terminal()
+    words = [re.sub(r"[\w+]+://.+", lambda url: runner.without_password(url[0]), word) for word in sys.argv[1:]]
+    again = shlex.join(["python", "-m", "sweep", *words])
     try:
         budget, rule = spec.budget, spec.early_stopping or None
         with Progress(console, spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
-            outcome = runner.run(spec, address=address, listener=progress, again=again)
+            outcome = runner.run(spec, address=address, listener=progress, again=again, leave_ray=True)
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
     except OSError as error:
@@ -108,7 +147,7 @@ def _run(space: Path, overrides: list[str], address: str) -> int:
             with suppress(OSError):  # where standard error goes the same way
                 print(farewell, file=sys.stderr)
         return EXIT_PREEMPTED
-    report.show(console, outcome.ledger, spec.space.searched, outcome.seconds)
+    report.show(console, outcome.ledger, spec.space.searched, outcome.seconds, spec.cost.per_hour)
     _report_at_the_end(outcome, spec, console)
     if outcome.winner is not None:
         what = "configuration" if spec.trainable == "toy" else "adapter"
@@ -177,6 +216,9 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace one value of the file, as with `run`. Repeatable."),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Time the lightest and the heaviest trial here: adds hours and cost.")
+    ] = False,
 ) -> None:
     """Say what a sweep would do, and start nothing: data, steps, early stopping, memory, configurations.
 
@@ -191,12 +233,10 @@ def plan(
     except SpecError as error:
         raise typer.Exit(_wrong_input(error)) from error
 
-    from sweep import plan as plans
-    from sweep.progress import Console
+    from sweep.plan import show
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
     try:
-        plans.show(Console(markup=False, emoji=False, width=width), spec)
+        show(spec, probe=probe)
     except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
 
@@ -247,7 +287,7 @@ def status(
     Exit codes: 0 shown, 2 no sweep there, or one that cannot be read.
     """
     from sweep import status as statuses
-    from sweep.progress import Console
+    from sweep.progress import terminal
 
     try:
         found = statuses.look(sweep, ledger)
@@ -256,8 +296,7 @@ def status(
     if as_json:
         print(json.dumps(statuses.as_json(found), indent=1))
     else:
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80 for a log file
-        statuses.show(Console(markup=False, emoji=False, width=width), found)
+        statuses.show(terminal(), found)
 
 
 @app.command()

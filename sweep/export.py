@@ -136,7 +136,7 @@ def export_merged(
     return loss
 
 
-def take_home(sweep: Status, number: int | None, *, merge: bool, public: bool) -> Home:
+def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, public: bool = False) -> Home:
     """Put the best checkpoint of a trial, or of the sweep, into a new directory here: its adapter, or the merged model.
 
     With `public` no file names a path of this machine. Raises `NotKept`, and what `merging.merge` does.

@@ -19,6 +19,8 @@ from trainables.packed import slots as formula
 from trainables.packed.slots import MOST, Measured
 from trainables.protocol import Job
 
+SAMPLED = 64
+"""Configurations of the space that are looked at."""
 ALONE = "Packing: each trial has a process of its own"
 
 
@@ -41,21 +43,14 @@ def slots(
         return spec.packing.slots, None
     if spec.trainable == "toy":
         return 1, None
-    learns = spec.early_stopping or spec.search.sampler in ("tpe", "gp")
-    at_a_time = min(left, spec.search.trials // 3 if learns else left, spec.resources.concurrency or left)
-    most = at_a_time // sum(engines)
-    configs = sample(spec.space, 64, spec.search.seed)
-    bases = len({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs})
+    configs = sample(spec.space, SAMPLED, spec.search.seed)
+    most, bases = most_together(spec, left, engines), bases_of(configs)
     if most // bases < 2:
         return 1, None
     measured, engine = _measured(spec, job, ledger, configs, drain, note)
     chosen = 1
     if isinstance(measured, Measured):
-        gpus = spec.resources.gpus
-        sharing = (int(1 / gpus + 1e-9) if gpus < 1 else 1) if gpus else max(engines)  # the memory
-        room = (measured.room - (sharing - 1) * measured.base) // sharing
-        of_trial = measured.of_trial + (0 if gpus else CALLER_BYTES)
-        chosen = formula.slots(replace(measured, room=room, of_trial=of_trial), bases, most)
+        chosen = fastest(measured, spec.resources.gpus, engines, bases, most)
         told = f"a step takes {measured.fixed:.3f} s and {measured.each:.3f} s for each trial"
         if chosen > 1:
             gain = f"{measured.gain(chosen // bases):.1f} times as fast as one after the other"
@@ -68,6 +63,31 @@ def slots(
         ray.kill(engine)
         engine = None
     return chosen, engine
+
+
+def most_together(spec: SweepSpec, left: int, engines: Sequence[int]) -> int:
+    """How many of the trials that are `left` may share a device, so that others can learn from them."""
+    learns = spec.early_stopping or spec.search.sampler in ("tpe", "gp")
+    at_a_time = min(left, spec.search.trials // 3 if learns else left, spec.resources.concurrency or left)
+    return at_a_time // sum(engines)
+
+
+def bases_of(configs: Sequence[QLoRAConfig]) -> int:
+    """Over how many bases trials are spread."""
+    return len({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs})
+
+
+def to_be_measured(configs: Sequence[QLoRAConfig], job: Job) -> tuple[QLoRAConfig, int]:
+    """The configuration that takes most memory, and the rows of a typical micro-batch."""
+    return max(configs, key=by_memory), statistics.median_low([c.micro_batch(job.halvings) for c in configs])
+
+
+def fastest(measured: Measured, gpus: float, engines: Sequence[int], bases: int, most: int) -> int:
+    """How many trials should share a device, on each of which an engine has so many `gpus`."""
+    sharing = (int(1 / gpus + 1e-9) if gpus < 1 else 1) if gpus else max(engines)  # the memory
+    room = (measured.room - (sharing - 1) * measured.base) // sharing
+    of_trial = measured.of_trial + (0 if gpus else CALLER_BYTES)
+    return formula.slots(replace(measured, room=room, of_trial=of_trial), bases, most)
 
 
 def _measured(
@@ -91,9 +111,8 @@ def _measured(
         return found if isinstance(found, str) else Measured(**found), None
     note("Measuring how many trials should share a device")
     job = replace(job, halvings=max((entry.halvings for entry in ledger.entries()), default=0))
-    typical = statistics.median_low([config.micro_batch(job.halvings) for config in configs])
     engine = launch(spec.resources.cpus, gpus, MOST)
-    asked = engine.call.remote("measure", max(configs, key=by_memory), typical, job)
+    asked = engine.call.remote("measure", *to_be_measured(configs, job), job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drain():

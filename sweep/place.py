@@ -43,7 +43,7 @@ class Place:
     @classmethod
     def at(cls, where: str) -> "Place":
         """A directory, relative to the working directory, or a URL."""
-        return cls(where.rstrip("/") if "://" in where else str(Path(where).absolute()))
+        return cls(where.rstrip("/") if "://" in where else str(Path(where).expanduser().absolute()))
 
     @property
     def is_remote(self) -> bool:

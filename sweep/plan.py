@@ -15,9 +15,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sweep import earlier
 from sweep.early_stopping import survivors
+from sweep.progress import terminal
 from sweep.spec import SweepSpec
-from sweep.study import Ledger, SpaceExhausted, first_params, propose, sample
+from sweep.study import Ledger, Observation, SpaceExhausted, first_params, propose, sample
 from sweep.tracking import described
 from trainables import data
 from trainables.config import QLoRAConfig, by_memory
@@ -67,9 +69,16 @@ def largest_micro_batch(rows: data.Rows, config: QLoRAConfig) -> tuple[int, int,
     return len(longest), int(lengths[longest[0]]), labels
 
 
-def show(console: Console, spec: SweepSpec) -> None:
-    """Print the plan of a sweep. Raises `trainables.data.DataError` for data or a model that cannot be used, and
-    ValueError for layers that the model does not have."""
+def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False) -> None:
+    """Print the plan of a sweep: data, steps, early stopping, memory, configurations. Nothing is started.
+
+    With `probe` the lightest and the heaviest configuration are timed on this machine, which takes a minute or two, and
+    hours and, with `cost.per_hour`, the cost follow. `console` is standard output unless given.
+
+    Raises `trainables.data.DataError` for data or a model that cannot be used, and ValueError for layers that the model
+    does not have, for `search.from` that cannot be used, and for trials that do not run here.
+    """
+    console = console or terminal()
 
     def say(what: str, lines: Iterable[str]) -> None:
         for line in lines:
@@ -79,6 +88,8 @@ def show(console: Console, spec: SweepSpec) -> None:
     console.print(f"Plan of {spec.name}: nothing was started.", highlight=False)
     configs = sample(spec.space, SAMPLED, spec.search.seed)
     if spec.trainable == "toy":
+        if probe:
+            raise ValueError("--probe: the steps of a toy take no time; leave it out")
         say("trials", _trials(spec))
     else:
         assert spec.data is not None
@@ -112,8 +123,18 @@ def show(console: Console, spec: SweepSpec) -> None:
             console.print(_memory(needed, spec.space.searched))
             largest = max(memory.trained_bytes(spec.model, config) for config in configs)
             say("disk", _disk(spec, largest, needed["heaviest"][1].base, prepared.path))
-    say("first", ["as long as no loss is known, these are tried:"])
-    console.print(_configurations(spec))
+            if probe:
+                probes = importlib.import_module("sweep.probe")  # brings Ray
+                chosen = {name: config for name, (config, _) in needed.items()}
+                expected = survivors(spec.search.trials, spec.budget.evaluations, spec.early_stopping or None)
+                measured = probes.probe(spec, chosen, prepared.path)
+                for what, lines in probes.told(measured, spec, chosen, expected, len(train)).items():
+                    say(what, lines)
+    notes: list[str] = []
+    known = earlier.gather(spec.search.from_, spec, None, notes.append)
+    say("known", notes)
+    say("first", ["as long as none of them has a loss, these are tried:"])
+    console.print(_configurations(spec, known))
 
 
 def _data(prepared: data.Prepared) -> Iterator[str]:
@@ -183,12 +204,13 @@ def _disk(spec: SweepSpec, checkpoint: int, base: int, tokens: Path) -> Iterator
     )
 
 
-def _configurations(spec: SweepSpec) -> Table:
+def _configurations(spec: SweepSpec, known: Sequence[Observation]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, show_header=False)
     ledger = Ledger(InMemoryStorage(), spec.name)
     first = first_params(spec.space, spec.search.first)
     with suppress(SpaceExhausted):
         for _ in range(min(SHOWN, spec.search.trials)):
-            entry = ledger.add(propose(ledger.entries(), spec.space, spec.search.sampler, spec.search.seed, first))
+            entries, search = ledger.entries(), spec.search
+            entry = ledger.add(propose(entries, spec.space, search.sampler, search.seed, first, known))
             table.add_row(f"{entry.number:03d}", described(entry.config, spec.space.searched))
     return table

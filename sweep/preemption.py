@@ -51,8 +51,10 @@ def shielded_from_signals() -> Iterator[None]:
 def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[None]:
     """SIGTERM and SIGINT raise the flag; a second one, or `grace` seconds, end the process at once with code 75.
 
-    Ending at once is safe: ledger and checkpoints are true at any moment. `farewell` is printed before.
+    Ending at once is safe: ledger and checkpoints are true at any moment. `farewell` is printed before. A process that
+    goes on after the block is left alone.
     """
+    forced: list[threading.Timer] = []
 
     def end() -> None:
         try:
@@ -67,11 +69,14 @@ def draining_on_signals(drain: Drain, grace: float, farewell: str) -> Iterator[N
         force = threading.Timer(grace, end)
         force.daemon = True
         force.start()
+        forced.append(force)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        for force in forced:
+            force.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -1,6 +1,8 @@
 """The terminal while a sweep runs: a calm live table, or one line per event when the output is not a terminal."""
 
 import math
+import os
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,12 @@ class Console(console.Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+
+def terminal() -> Console:
+    """Standard output; a log file, which has no width of its own, gets 120 columns."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich takes 80
+    return Console(markup=False, emoji=False, width=width)  # paths and error messages hold brackets
 
 
 BARS = "▁▂▃▄▅▆▇█"

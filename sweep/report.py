@@ -9,6 +9,9 @@ from rich.table import Table
 from sweep.study import STATES, Entry, Ledger, ranking
 from sweep.tracking import described
 
+SIDE_BY_SIDE = "side_by_side"
+"""Note in the ledger: how many processes shared a machine in the newest run."""
+
 
 def usual_default(entries: Sequence[Entry]) -> Entry | None:
     """The trial of r 16, alpha 32, learning rate 2e-4, which a sweep should beat."""
@@ -20,12 +23,27 @@ def base_loss(entries: Sequence[Entry]) -> float | None:
     return next((e.losses[0] for e in entries if 0 in e.losses), None)
 
 
-def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: float) -> None:
-    """Print ranking, base, default, winner and time."""
+def price(seconds: float, per_hour: float, side_by_side: int) -> float:
+    """What so many seconds of a trial cost that has this part of a machine of a price."""
+    return seconds / 3600 * per_hour / side_by_side
+
+
+def money(amount: float) -> str:
+    """Two digits, or all before the point and two behind it."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
+
+
+def show(
+    console: Console, ledger: Ledger, searched: Sequence[str], seconds: float, per_hour: float | None = None
+) -> None:
+    """Print ranking, base, default, winner and time, and what all that cost when the price of a machine is given."""
     entries = ledger.entries()
+    side_by_side = ledger.noted(SIDE_BY_SIDE) or 1
+    prices = {e.number: price(e.cost.seconds, per_hour, side_by_side) for e in entries} if per_hour else {}
     ranked = ranking(entries)
     table = Table(title="Ranking by best validation loss", title_justify="left")
-    for heading in ("", "trial", "configuration", "best loss", "evaluation", "ended as", "minutes"):
+    headings = ["", "trial", "configuration", "best loss", "evaluation", "ended as", "minutes"]
+    for heading in [*headings, "cost"] if prices else headings:
         table.add_column(
             heading,
             justify="left" if heading in ("configuration", "ended as") else "right",
@@ -42,6 +60,7 @@ def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: flo
             "-" if evaluation is None else str(evaluation),
             STATES[entry.state],
             f"{entry.cost.seconds / 60:.1f}",
+            *([money(prices[entry.number])] if prices else []),
         )
     console.print(table)
     for entry in entries:
@@ -50,6 +69,9 @@ def show(console: Console, ledger: Ledger, searched: Sequence[str], seconds: flo
     for line in verdict(entries):
         console.print(line, highlight=False)
     console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
+    if prices:
+        how = f"{per_hour:g} an hour, {side_by_side} at a time on a machine; starting and waiting not counted"
+        console.print(f"They cost {money(sum(prices.values()))} ({how})", highlight=False)
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:

@@ -28,19 +28,30 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import engine, export, packing, report, sync, tracking, workspace
+from sweep import earlier, engine, export, packing, report, sync, tracking, workspace
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
 from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
+from sweep.progress import Progress, terminal
 from sweep.repair import starting_halvings
 from sweep.requests import COMMAND, Requests, enqueued
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec
-from sweep.study import ENDED_AS, Entry, Ledger, Proposal, first_params, open_journal, propose, ranking
+from sweep.study import (
+    ENDED_AS,
+    Entry,
+    Ledger,
+    Observation,
+    Proposal,
+    first_params,
+    open_journal,
+    propose,
+    ranking,
+)
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
 from trainables import checkpoint, data
 from trainables.protocol import Job
@@ -80,7 +91,9 @@ class Outcome:
     """How a call of `run` ended."""
 
     ledger: Ledger
+    """To be read: its `entries()` are the trials."""
     place: Place
+    """The sweep directory; `place.url` says where it is."""
     cause: Literal["signal", "hours", "breakdown"] | None
     """What ended it before its time; None when no trial is left to do."""
     reason: str | None
@@ -95,12 +108,32 @@ class Outcome:
     """Wall clock of this call."""
 
 
-def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Outcome:
+def run(
+    spec: SweepSpec,
+    *,
+    address: str = "local",
+    listener: Listener | None = None,
+    again: str = "sweep.run(spec)",
+    leave_ray: bool = False,
+) -> Outcome:
     """Run the sweep, or go on with it where its directory says that it stands.
 
-    `address` is Ray's; `local` starts a cluster of this machine alone. `again` is the command that continues the sweep.
-    Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started.
+    `address` is Ray's; `local` starts a cluster of this machine alone, which is shut down at the end (5 seconds) or,
+    with `leave_ray`, left to end with the process. `listener` is told what happens; without one it is printed. `again`
+    is what continues the sweep, for messages.
+
+    To be called in the main thread, also of a notebook: SIGTERM and SIGINT (a notebook's interrupt) have the trials
+    write checkpoints, and the call returns; a second one, or `preemption.grace` seconds, end the process.
+
+    Raises `Refused`, or `trainables.data.DataError` for data or a model that cannot be used, before a trial is started;
+    OSError where the machine does not do what it should.
     """
+    if listener is None:
+        budget, rule = spec.budget, spec.early_stopping or None
+        with Progress(terminal(), spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
+            return run(spec, address=address, listener=progress, again=again, leave_ray=leave_ray)
+    if threading.current_thread() is not threading.main_thread():
+        raise Refused("a sweep takes over SIGTERM and SIGINT, as only the main thread of a process can: call it there")
     began = time.monotonic()
     place = Place.at(f"{spec.storage.rstrip('/')}/{spec.name}")
     listener = shielded(listener)
@@ -123,19 +156,22 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         place.pull_file(paths.spec)
         _same_as_recorded(spec, paths)
-        ledger = _open(spec, paths, inputs, listener) if paths.spec.exists() else None
+        begun = paths.spec.exists()
+        ledger = _open(spec, paths, inputs, (), listener) if begun else None
+        known = [] if begun else _known(spec, inputs, listener)  # before: what cannot be used leaves no sweep behind
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
         with (
-            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus) as side_by_side,
+            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),
         ):
             bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
             layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
             if spec.model is not None and (bf16 or layers):
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
-            job = _job(spec, paths, listener)  # before the ledger: what cannot be prepared leaves no sweep behind
+            job = _job(spec, paths, listener)  # before the ledger, too
             if ledger is None:
-                ledger = _open(spec, paths, inputs, listener)
+                ledger = _open(spec, paths, inputs, known, listener)
+            known = earlier.read(ledger)
             place.claim(ledger.noted("sweep_id"))
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
@@ -162,6 +198,7 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                     listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
             most = sum(side_by_side) * slots
             limit = min(most, spec.resources.concurrency or most)
+            ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
             engines = None
             if slots > 1 and left:
                 wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
@@ -219,7 +256,8 @@ def run(spec: SweepSpec, *, address: str, listener: Listener, again: str) -> Out
                 )
 
             def ask(entries: list[Entry]) -> Proposal:
-                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, [*enqueued(ledger), *first])
+                tried_first = [*enqueued(ledger), *first]
+                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, known)
 
             searcher = LedgerSearcher(
                 ledger,
@@ -333,6 +371,13 @@ def _check_inputs(spec: SweepSpec) -> dict[str, str]:
     return data.content_hashes(spec.data, spec.model)
 
 
+def _known(spec: SweepSpec, inputs: Mapping[str, str], listener: Listener) -> list[Observation]:
+    try:
+        return earlier.gather(spec.search.from_, spec, inputs, listener.note)
+    except earlier.Unusable as error:
+        raise Refused(str(error)) from error
+
+
 def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
     wanted = spec.tracking
     try:
@@ -433,12 +478,14 @@ def _in_use(place: Place) -> Refused:
 
 
 @contextmanager
-def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[list[int]]:
+def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterator[list[int]]:
     """A Ray cluster for the block; gives how many trials fit side by side, for each machine that has room for one.
 
-    A cluster that was started here is left to end with this process, which the kernel sees to: the shutdown of Ray's
-    processes, which are shielded from signals, takes seconds.
+    With `leave` a cluster that was started here is left to end with this process, which the kernel sees to: the
+    shutdown of Ray's processes, which are shielded from signals, takes seconds.
     """
+    if ray.is_initialized():
+        raise Refused("Ray is in use in this process already; call ray.shutdown() first (`address` joins a cluster)")
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
     _check_address(address)
@@ -453,7 +500,7 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[list[int]]:
         ) from error
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = [_side_by_side(machine, cpus, gpus) for machine in machines]
+        fits = [fit_on(machine, cpus, gpus) for machine in machines]
         if not any(fits):
             wanted = {"CPU": cpus, "GPU": gpus}
             where = (
@@ -470,11 +517,11 @@ def _ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[list[int]]:
             raise Refused("\n".join([*lacking, "Ask for less, or join a cluster that has them with --address."]))
         yield [fit for fit in fits if fit]
     finally:
-        if address != "local":
+        if address != "local" or not leave:
             ray.shutdown()
 
 
-def _side_by_side(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
+def fit_on(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
     """How many trials fit on a machine. Ray shares a GPU, but cuts no trial in two for what is left of several."""
     fit = machine.get("CPU", 0) / cpus
     if gpus:
@@ -540,8 +587,11 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
         )
 
 
-def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], listener: Listener) -> Ledger:
-    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about.
+def _open(
+    spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], known: Sequence[Observation], listener: Listener
+) -> Ledger:
+    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about, and a new one begins with what
+    is `known`.
 
     OSError when the database of a recorded one does not answer.
     """
@@ -570,6 +620,7 @@ def _open(spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], listene
     if recorded is None:
         ledger.note("environment", _environment())
         ledger.note("sweep_id", secrets.token_hex(4))
+        earlier.write(ledger, known)
         ledger.note("inputs", inputs)
     elif recorded != inputs:
         changed = ", ".join(name for name in inputs if inputs[name] != recorded.get(name))

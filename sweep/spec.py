@@ -28,7 +28,7 @@ RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", 
 
 FREE = {"budget.hours", "search.trials", "storage", "ledger", "trial_timeout"}
 """Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
-FREE_SECTIONS = {"tracking", "resources", "packing", "preemption", "checkpoint"}
+FREE_SECTIONS = {"tracking", "resources", "packing", "preemption", "checkpoint", "cost"}
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
 
@@ -114,6 +114,9 @@ class Search(Section):
     first: tuple[dict[str, Any], ...] = ()
     """Configurations to try before the sampler is asked; what an entry does not name is as the space fixes it, else the
     documented default. Unless given, the documented defaults where the space has them."""
+    from_: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), alias="from")
+    """Directories (or s3:// URLs) of earlier sweeps over the same model, data and budget: what they found in this space
+    is known to the sampler from the start."""
 
 
 class EarlyStopping(Section):
@@ -173,6 +176,13 @@ class CheckpointPolicy(Section):
     """Repository of the Hub that gets the best adapter whenever there is a better one, made private if new."""
 
 
+class Cost(Section):
+    """What is paid for the machine."""
+
+    per_hour: Annotated[float, Field(gt=0)] | None = None
+    """Price of a machine for an hour, in any currency: `plan --probe` and the ranking then say what trials cost."""
+
+
 class SweepSpec(Section):
     """One sweep. Made by `load`, which resolves paths; every instance is free of contradictions."""
 
@@ -210,6 +220,8 @@ class SweepSpec(Section):
     """What happens when the machine is taken away."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     """How often trials are saved."""
+    cost: Cost = Cost()
+    """What is paid for the machine."""
 
     @model_validator(mode="after")
     def _is_free_of_contradictions(self) -> Self:
@@ -222,7 +234,7 @@ class SweepSpec(Section):
 def keys(section: type[BaseModel] = SweepSpec, above: str = "") -> dict[str, FieldInfo]:
     """Every key of the file, dotted, with its type, default and description. `space` holds its own names."""
     found: dict[str, FieldInfo] = {}
-    for name, field in section.model_fields.items():
+    for name, field in _fields(section).items():
         inner = _section(field)
         if inner is None or isinstance(field.default, str):  # or what may stand in place of the mapping
             found[f"{above}{name}"] = field
@@ -230,13 +242,14 @@ def keys(section: type[BaseModel] = SweepSpec, above: str = "") -> dict[str, Fie
     return found
 
 
-def load(path: Path, overrides: Sequence[str] = (), *, inputs: bool = True) -> SweepSpec:
+def load(path: str | Path, overrides: Sequence[str] = (), *, inputs: bool = True) -> SweepSpec:
     """The spec in the YAML file at `path`, changed by `overrides` such as `budget.steps=40` (the value is YAML).
 
     Paths of model and data, also in overrides, start at the file's directory and come out absolute; a Hub id stays as
     it is. Setting one of budget.steps and budget.epochs removes the other. Raises SpecError with every problem of the
     file at once. With `inputs` false the model and data that it names may be missing, as in a recorded spec.
     """
+    path = Path(path)
     found = document.read(path)
     if not isinstance(found.data, dict):
         raise SpecError([found.problem((), f"received {shown(found.data)}, should be a mapping: name: …, space: …")])
@@ -253,7 +266,7 @@ def dump(spec: SweepSpec) -> str:
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 4096  # no line is folded
-    yaml.dump(spec.model_dump(mode="json", exclude_none=True), stream)
+    yaml.dump(spec.model_dump(mode="json", exclude_none=True, by_alias=True), stream)
     return stream.getvalue()
 
 
@@ -291,9 +304,10 @@ def _check(data: Mapping[str, Any], directory: Path, inputs: bool) -> Iterator[t
 def _check_section(section: type[BaseModel], data: Mapping[str, Any], above: Key, sound: dict[str, Any]) -> Faults:
     """What is wrong with single values; those in order are added to `sound` under their dotted key."""
     elsewhere = [*keys(), *(f"space.{field}" for field in DEFAULTS)]
-    unknown = [name for name in data if name not in section.model_fields]
-    faults: Faults = [((*above, name), unknown_key(name, section.model_fields, elsewhere)) for name in unknown]
-    for name, field in section.model_fields.items():
+    fields = _fields(section)
+    unknown = [name for name in data if name not in fields]
+    faults: Faults = [((*above, name), unknown_key(name, fields, elsewhere)) for name in unknown]
+    for name, field in fields.items():
         key, inner = (*above, name), _section(field)
         dotted = ".".join(map(str, key))
         if name not in data and field.is_required():
@@ -306,7 +320,7 @@ def _check_section(section: type[BaseModel], data: Mapping[str, Any], above: Key
         elif name not in data:
             sound[dotted] = field.default
         elif inner and shown(data[name]) not in map(shown, _instead(field)):
-            instead = listed([f"a mapping ({', '.join(inner.model_fields)})", *map(shown, _instead(field))])
+            instead = listed([f"a mapping ({', '.join(_fields(inner))})", *map(shown, _instead(field))])
             faults.append((key, f"received {shown(data[name])}, should be {instead}"))
         else:
             with gathering(faults, *key):
@@ -348,6 +362,11 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("ledger",), f"is missing; {why}, so name a database, such as postgresql://USER@HOST/DATABASE"
     if found.get("search.sampler") == "gp" and found.get("early_stopping"):
         yield ("search", "sampler"), "received gp, which learns from complete trials only; set early_stopping: false"
+    if found.get("search.from") and (sampler := found.get("search.sampler")) in ("random", "grid"):
+        yield (
+            ("search", "from"),
+            f"received other sweeps, from which {sampler} learns nothing; take tpe, or leave it out",
+        )
     if given("space"):
         yield from _contradictions_of_space(found["space"], found.get("search.sampler"), found.get("search.trials"))
     yield from _contradictions_of_first(found.get("search.first", ()), found.get("space"), found.get("search.trials"))
@@ -385,12 +404,18 @@ def _contradictions_of_first(
 
 def _flat(section: BaseModel, above: str = "") -> Iterator[tuple[str, Any]]:
     """Values by dotted key; a section that is there counts as True."""
-    for name in type(section).model_fields:
-        value = getattr(section, name)
+    for attribute, field in type(section).model_fields.items():
+        value = getattr(section, attribute)
         inner = isinstance(value, BaseModel)
-        yield f"{above}{name}", True if inner else value
+        key = f"{above}{field.alias or attribute}"
+        yield key, True if inner else value
         if inner:
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flat(value, f"{key}.")
+
+
+def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Its keys as they stand in the file; `from` is not allowed as the name of an attribute."""
+    return {field.alias or attribute: field for attribute, field in section.model_fields.items()}
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

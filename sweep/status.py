@@ -1,6 +1,7 @@
 """How a sweep stands, for anybody who asks, while it runs or long after."""
 
 import fcntl
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +106,33 @@ def read(place: Place, name: str, url: str | None) -> Ledger:
         raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
 
 
+def rerun_spec(found: Status, trial: int, overrides: Sequence[str] = (), ledger: str | None = None) -> SweepSpec:
+    """The spec of a sweep of its own, NAME-rerun-NNN beside this one, that trains a trial's configuration again.
+
+    Model, data, budget and seed are as recorded, so it gives the same losses; `overrides` such as `budget.epochs=3`
+    change them. Nothing is uploaded to the Hub unless they say so. `ledger` is as for `look`.
+
+    Raises `NoSweep` when there is no such trial, SpecError as `spec.load` does.
+    """
+    entry = next((entry for entry in found.entries if entry.number == trial), None)
+    if entry is None:
+        raise NoSweep(f"there is no trial {trial}; {found.place.url} has {len(found.entries)}, from 0 on")
+    recorded = found.spec
+    values = {
+        "name": f"{recorded.name}-rerun-{trial:03d}",
+        "storage": found.place.url.rpartition("/")[0],
+        "search": {"trials": 1},
+        "early_stopping": False,
+        "space": entry.config.model_dump(mode="json"),
+        "tracking.project": recorded.tracking.project or recorded.name,
+        "checkpoint.push_to": None,
+    }
+    if ledger is not None:
+        values["ledger"] = ledger
+    own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return specs.load(found.place.paths.spec, [*own, *overrides])
+
+
 def _is_driven(place: Place) -> bool:
     if place.is_remote:
         return place.is_driven()
@@ -156,11 +184,21 @@ def as_json(status: Status) -> dict[str, Any]:
         "peak_memory": status.memory,
         "gpu_load": status.gpu_load,
         "waiting": [str(request) for request in status.waiting],
-        "trials": [_trial(entry, ahead.of_trial.get(entry.number)) for entry in status.entries],
+        "trials": records(status),
     }
 
 
-def _trial(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
+def records(status: Status) -> list[dict[str, Any]]:
+    """The trials as plain values, for JSON or a data frame: a dictionary each.
+
+    `config` and `losses` (by evaluation) are dictionaries themselves; losses in nats, `seconds` of steps and
+    evaluations, `peak_memory` in bytes.
+    """
+    left = status.forecast.of_trial
+    return [_record(entry, left.get(entry.number)) for entry in status.entries]
+
+
+def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
     evaluation, loss = entry.best or (None, None)
     return {
         "trial": entry.number,

@@ -358,6 +358,44 @@ def _checksum(entry: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """A finished trial of another sweep, for the sampler; plain values, so that it can be noted in a ledger."""
+
+    params: Mapping[str, Any]
+    """Optuna parameters in the space of this sweep."""
+    loss: float
+    """Of a whole run the best validation loss, of a stopped one the newest."""
+    stopped_at: int | None
+    """The evaluation after which early stopping ended it, None when it is a whole run."""
+
+
+def observed(entry: Entry, space: Space) -> Observation | None:
+    """What a trial tells a sampler that searches `space`: None when it has not ended, has failed, or lies outside."""
+    if entry.state not in (TrialState.COMPLETE, TrialState.PRUNED) or entry.best is None:
+        return None
+    try:
+        params = space.params_of(entry.config.model_dump(mode="json"))
+    except ValueError:
+        return None
+    if entry.state is TrialState.COMPLETE:
+        return Observation(params, entry.best[1], None)
+    return Observation(params, entry.losses[entry.reported], entry.reported)
+
+
+def _as_trial(observation: Observation, space: Space) -> FrozenTrial:
+    """As Optuna would have it after running it."""
+    proposal = drawn(observation.params, space)
+    at, loss = observation.stopped_at, observation.loss
+    return optuna.create_trial(
+        state=TrialState.COMPLETE if at is None else TrialState.PRUNED,
+        value=loss if at is None else None,
+        intermediate_values={} if at is None else {at: loss},
+        params=dict(proposal.params),
+        distributions=dict(proposal.distributions),
+    )
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A configuration to try, with the Optuna parameters that it came from."""
 
@@ -382,20 +420,26 @@ def first_params(space: Space, wanted: Sequence[Mapping[str, Any]]) -> list[dict
 
 
 def propose(
-    entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, first: Sequence[Mapping[str, Any]]
+    entries: Sequence[Entry],
+    space: Space,
+    sampler: Sampler,
+    seed: int,
+    first: Sequence[Mapping[str, Any]],
+    known: Sequence[Observation] = (),
 ) -> Proposal:
     """The configuration to try next, a function of the ledger's entries, the space and the seed alone.
 
-    `first` (Optuna parameters) is handed out before the sampler is asked. The sampler is seeded anew for every trial
-    and works on a copy in memory, so that a kill at any moment changes nothing. A configuration that an entry already
-    has is never proposed again; raises `SpaceExhausted` when none is left.
+    `first` (Optuna parameters) is handed out before the sampler is asked, which learns from the entries and from what
+    was `known` before them. It is seeded anew for every trial and works on a copy in memory, so that a kill at any
+    moment changes nothing. A configuration that an entry already has is never proposed again (what was known may be:
+    only so can it win this sweep); raises `SpaceExhausted` when none is left.
     """
-    known = {entry.config for entry in entries}
+    tried = {entry.config for entry in entries}
     wanted = (drawn(params, space) for params in first)
-    for proposal in chain(wanted, _draws(entries, space, sampler, seed)):
-        if proposal.config not in known:
+    for proposal in chain(wanted, _draws(entries, space, sampler, seed, known)):
+        if proposal.config not in tried:
             return proposal
-    raise SpaceExhausted(f"all {len(known)} configurations of the space have been tried")
+    raise SpaceExhausted(f"all {len(tried)} configurations of the space have been tried")
 
 
 def sample(space: Space, count: int, seed: int) -> list[QLoRAConfig]:
@@ -404,8 +448,10 @@ def sample(space: Space, count: int, seed: int) -> list[QLoRAConfig]:
     return [_ask(blank, space, _sampler("random", _seed(seed, number, 0))).config for number in range(count)]
 
 
-def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) -> Iterator[Proposal]:
-    """Candidates in the order in which they are considered, known ones among them."""
+def _draws(
+    entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, known: Sequence[Observation]
+) -> Iterator[Proposal]:
+    """Candidates in the order in which they are considered, those that were tried among them."""
     number = len(entries)
     if sampler == "grid":
         yield from _grid(space)
@@ -414,7 +460,7 @@ def _draws(entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int) 
     study = blank
     if sampler != "random":  # which learns nothing from them; they are copied one by one
         study = optuna.create_study(direction="minimize")
-        study.add_trials([entry.trial for entry in entries])
+        study.add_trials([*(_as_trial(each, space) for each in known), *(entry.trial for entry in entries)])
     for attempt in range(RESAMPLES):
         yield _ask(study, space, _sampler(sampler, _seed(seed, number, attempt)))
     for attempt in range(RESAMPLES, RESAMPLES + RANDOM_RESAMPLES):

@@ -109,6 +109,9 @@ def run_id(sweep_id: str, number: int) -> str:
     return f"{sweep_id}-{number:03d}"
 
 
+USUAL = ("r", "alpha", "learning_rate", "quant_type", "compute_dtype")
+
+
 def run_name(number: int, config: QLoRAConfig, searched: Iterable[str]) -> str:
     """Number of the trial and the hyperparameters that differ between trials: `007 r16 a32 lr2.0e-04 nf4 bf16`."""
     return f"{number:03d} {described(config, searched)}".rstrip()
@@ -120,8 +123,8 @@ def run_config(number: int, config: QLoRAConfig, model: str, group: str) -> dict
 
 
 def described(config: QLoRAConfig, searched: Iterable[str]) -> str:
-    """The hyperparameters that differ between trials: `r16 a32 lr2.0e-04 nf4 bf16`."""
-    return " ".join(_short(name, getattr(config, name)) for name in searched)
+    """The hyperparameters that differ between trials, or the usual ones where none do: `r16 a32 lr2.0e-04 nf4 bf16`."""
+    return " ".join(_short(name, getattr(config, name)) for name in list(searched) or USUAL)
 
 
 def start(

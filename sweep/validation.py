@@ -85,7 +85,7 @@ def validated(field: FieldInfo, raw: object) -> Any:
 
     Nothing is coerced, but that a whole number is a number, too, and a list stands for a tuple.
     """
-    kind: Any = Annotated[field.annotation, field]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:
         return TypeAdapter(kind).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:

@@ -1,5 +1,6 @@
 """What a sweep would do: counted where it can be counted, as the sweep itself then has it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,9 +142,16 @@ def plan(space: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_a_plan_starts_nothing_and_says_what_the_sweep_then_does(inputs, tmp_path):
     space = tmp_path / "tiny.yaml"
     space.write_text(SPEC.format(inputs=inputs))
-    told = plan(space)
+    told = plan(space, "--probe", "--set", "cost.per_hour=2")
     assert told.returncode == 0, told.stderr
     assert told.stderr == ""
+    assert re.search(r"probe +a CPU, one trial alone; a process starts in \d+ s", told.stdout)
+    seconds = re.findall(
+        r"(?:light|heavi)est: ([\d.]+) s a step, ([\d.]+) s an evaluation; 16 steps and 3", told.stdout
+    )
+    assert len(seconds) == 2
+    assert all(float(step) > 0 for step, _ in seconds)
+    assert re.search(r"hours +0\.\d+ to 0\.\d+ on this machine, \d+ trials at a time\ncost +", told.stdout)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.yaml"]
     assert "train: 64 rows" in told.stdout
     assert "16 of 8 rows are 2.00 epochs; validation after 5, 11, 16" in told.stdout
@@ -172,3 +180,6 @@ def test_a_toy_has_neither_data_nor_memory(space):
     assert told.returncode == 0, told.stderr
     assert "8, proposed by tpe" in told.stdout
     assert "memory" not in told.stdout
+    told = plan(space, "--probe")
+    assert told.returncode == 2
+    assert "--probe: the steps of a toy take no time; leave it out" in told.stderr

@@ -159,6 +159,21 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """How long a configuration takes on a device, alone."""
+
+    device: str
+    devices: int
+    """GPUs of the machine."""
+    start: float
+    """Seconds to load the base and to make the adapter."""
+    step: float
+    """Seconds of an optimiser step, the mean of two."""
+    evaluation: float
+    """Seconds of a pass over the validation rows."""
+
+
+@dataclass(frozen=True)
 class Started:
     """Of a trial before its first call of `advance`."""
 

@@ -1,0 +1,65 @@
+"""What a sweep takes, in hours and money: before it is started, and when it has ended."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sweep import report
+from sweep.probe import Probed, sweep_seconds, told
+from sweep.spec import load
+from tests.ledgers import add_trial, memory_ledger
+from trainables.config import QLoRAConfig
+from trainables.protocol import Cost, Timed
+
+TIMED = Timed("a CPU", devices=0, start=10.0, step=2.0, evaluation=5.0)
+
+
+def test_seconds_of_a_sweep():
+    """15 parts of 5 steps, 15 evaluations and that of the base."""
+    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=1, gain=1.0) == 10 + 15 * 5 * 2 + 16 * 5
+    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=2, gain=1.0) == 10 + (150 + 80) / 2
+    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=2, gain=3.0) == 10 + (50 + 80) / 2  # of training alone
+
+
+def test_what_is_told(space):
+    spec = load(space, ["cost.per_hour=36", "budget={steps: 15, evaluations: 3}"])
+    configs = {"lightest": QLoRAConfig(r=4), "heaviest": QLoRAConfig(r=32)}
+    timed = {"lightest": TIMED, "heaviest": Timed("a CPU", 0, start=10.0, step=20.0, evaluation=5.0)}
+    halvings = {"lightest": 0, "heaviest": 1}
+    probed = Probed(timed, halvings, imports=4.0, at_a_time=4, slots=2, gain=1.5)
+    lines = told(probed, spec, configs, [9, 3, 3], rows=480)
+    assert lines["probe"] == [
+        "a CPU, one trial alone; a process starts in 14 s",
+        "lightest: 2.000 s a step, 5.00 s an evaluation; 15 steps and 3 evaluations take 0.8 min",
+        "heaviest: 20.000 s a step, 5.00 s an evaluation; 15 steps and 3 evaluations take 5.2 min,"
+        " in micro-batches of 4 rows, which fit",
+    ]
+    low, high = 14 + (100 + 80) / 2, 14 + (1000 + 80) / 2
+    together = "4 trials at a time, 2 in a process, 1.5 times as fast as one after the other"
+    assert lines["hours"] == [f"{low / 3600:.2f} to {high / 3600:.2f} on this machine, {together}"]
+    assert lines["cost"] == [f"{low / 100:.2f} to {high / 100:.2f}, at 36 an hour"]
+    assert "cost" not in told(probed, load(space), configs, [9, 3, 3], rows=480)
+
+
+@pytest.mark.parametrize(("amount", "shown"), [(0.004216, "0.0042"), (0.5, "0.5"), (1234.567, "1,234.57")])
+def test_money(amount, shown):
+    assert report.money(amount) == shown
+
+
+def test_the_ranking_says_what_trials_cost():
+    ledger = memory_ledger()
+    for seconds in (3600.0, 900.0):
+        number = add_trial(ledger)
+        ledger.report(number, 1, 2.0)
+        ledger.spend(number, Cost(seconds=seconds))
+        ledger.complete(number)
+    ledger.note(report.SIDE_BY_SIDE, 2)
+    screen = io.StringIO()
+    report.show(Console(file=screen, width=120), ledger, ["seed"], 60.0, 8.0)
+    assert "They cost 5.00 (8 an hour, 2 at a time on a machine; starting and waiting not counted)" in screen.getvalue()
+    rows = [line.split("│")[-2].strip() for line in screen.getvalue().splitlines() if line.startswith("│")]
+    assert rows == ["4.00", "1.00"]
+    screen = io.StringIO()
+    report.show(Console(file=screen, width=120), ledger, ["seed"], 60.0)
+    assert "cost" not in screen.getvalue()

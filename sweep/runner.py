@@ -118,8 +118,8 @@ def run(
 ) -> Outcome:
     """Run the sweep, or go on with it where its directory says that it stands.
 
-    `address` is Ray's; `local` starts a cluster of this machine alone, which is shut down at the end (5 seconds) or,
-    with `leave_ray`, left to end with the process. `listener` is told what happens; without one it is printed. `again`
+    `address` is Ray's; `local` starts a cluster of this machine alone. At the end Ray is shut down (5 seconds) or, with
+    `leave_ray`, left to end with the process. `listener` is told what happens; without one it is printed. `again`
     is what continues the sweep, for messages.
 
     To be called in the main thread, also of a notebook: SIGTERM and SIGINT (a notebook's interrupt) have the trials
@@ -481,8 +481,8 @@ def _in_use(place: Place) -> Refused:
 def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterator[list[int]]:
     """A Ray cluster for the block; gives how many trials fit side by side, for each machine that has room for one.
 
-    With `leave` a cluster that was started here is left to end with this process, which the kernel sees to: the
-    shutdown of Ray's processes, which are shielded from signals, takes seconds.
+    With `leave` the connection, and a cluster that was started here, are left to end with this process, which the
+    kernel sees to: the shutdown of Ray's processes, which are shielded from signals, takes seconds.
     """
     if ray.is_initialized():
         raise Refused("Ray is in use in this process already; call ray.shutdown() first (`address` joins a cluster)")
@@ -517,7 +517,7 @@ def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterato
             raise Refused("\n".join([*lacking, "Ask for less, or join a cluster that has them with --address."]))
         yield [fit for fit in fits if fit]
     finally:
-        if address != "local" or not leave:
+        if not leave:
             ray.shutdown()
 
 

@@ -122,7 +122,7 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
-    from sweep import report, runner
+    from sweep import report, runner, verification
     from sweep.progress import Progress, terminal
     from trainables.data import DataError
 
@@ -141,6 +141,8 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         return EXIT_FAILED
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
+        if (verified := verification.result(outcome.ledger)) and verified.left:
+            done += f", {verified.left} runs of the verification are left"
         farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
         console.print(farewell, highlight=False, soft_wrap=True)
         if console.quiet:

@@ -121,6 +121,11 @@ class Engines:
         self._places[number] = chosen
         return self._engines[chosen]
 
+    def end(self) -> None:
+        """End them all, so that others get their devices."""
+        for each in self._engines:
+            ray.kill(each)
+
 
 def _state(engine: Any) -> tuple[str, str]:
     """Of an engine: what Ray says of it (`ALIVE`, `RESTARTING`, …), and the node on which it runs, is being started, or

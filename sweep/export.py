@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
-from sweep.report import verdict
+from sweep.report import conclusion
 from sweep.status import Status
 from sweep.study import Entry, Ledger, ranking
 from trainables import checkpoint, data
@@ -52,10 +52,11 @@ def export_best(
     """
     entries = ledger.entries()
     found = _lowest_intact(entries, place, warn)
-    before = _exported(place)
-    if before is not None and (found is None or before[1] < found[1]):
-        warn(f"best/ is left as it is, of trial {before[0]:03d}: its checkpoint is damaged or gone")
-        return ledger.entry(before[0])
+    before = exported(place)
+    if before is not None and (found is None or before["validation_loss"] < found[1]):
+        number: int = before["trial"]
+        warn(f"best/ is left as it is, of trial {number:03d}: its checkpoint is damaged or gone")
+        return ledger.entry(number)
     if found is None:
         return None
     winner, loss, kept = found
@@ -89,14 +90,14 @@ def _lowest_intact(
     return None
 
 
-def _exported(place: Place) -> tuple[int, float] | None:
-    """Trial and loss of what is in best/, None when there is nothing."""
+def exported(place: Place) -> dict[str, Any] | None:
+    """What is in best/, None when there is nothing: trial, step, validation_loss, config and model."""
     file = place.paths.best / "sweep.json"
     place.pull_file(file)
     if not file.exists():
         return None
-    facts = json.loads(file.read_text())
-    return facts["trial"], facts["validation_loss"]
+    facts: dict[str, Any] = json.loads(file.read_text())
+    return facts
 
 
 def export(
@@ -324,7 +325,7 @@ def model_card(
 step {step} of trial {entry.number}.
 
 ```
-{chr(10).join(verdict(entries))}
+{chr(10).join(conclusion(ledger))}
 ```
 {"" if merged is None else _MERGED.format(loss=merged)}
 {how.format(config=config, model=model, directory=directory, dtype=_TORCH[config.compute_dtype], bf16=bf16)}

@@ -12,6 +12,8 @@ class SweepPaths:
     """The files under `root`, the directory of one sweep."""
 
     root: Path
+    verification: bool = False
+    """Whether trials are those that verify the winner, rather than those of the search."""
 
     @property
     def spec(self) -> Path:
@@ -70,7 +72,7 @@ class SweepPaths:
     @property
     def trials(self) -> Path:
         """A directory for each trial."""
-        return self.root / "trials"
+        return (self.root / "verification" if self.verification else self.root) / "trials"
 
     def trial(self, number: int) -> Path:
         """Checkpoints and rows of one trial."""

@@ -39,6 +39,8 @@ class Place:
 
     url: str
     """An absolute path, or a URL such as s3://bucket/sweeps/pricer."""
+    verification: bool = False
+    """See `SweepPaths`."""
 
     @classmethod
     def at(cls, where: str) -> "Place":
@@ -52,7 +54,7 @@ class Place:
     @property
     def paths(self) -> SweepPaths:
         """The directory, or this machine's copy of it."""
-        return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url))
+        return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url), self.verification)
 
     def push(self, path: Path, confirm: Callable[[], object] = lambda: None) -> None:
         """Send a file, or a directory with all that is in it, the one last that says that it is whole.
@@ -79,7 +81,7 @@ class Place:
             with FileLock(self.paths.root / "claim.lock"):
                 if not (owner.exists() and owner.read_text() == sweep_id):
                     shutil.rmtree(trials, ignore_errors=True)
-                    trials.mkdir()
+                    trials.mkdir(parents=True)
                     owner.write_text(sweep_id)
 
     def pull_file(self, file: Path) -> None:

@@ -163,6 +163,9 @@ def _trials(spec: SweepSpec) -> Iterator[str]:
         shown = ", ".join(f"{count:.0f}" for count in expected)
         share = sum(expected) / (spec.search.trials * spec.budget.evaluations)
         yield f"expected to reach evaluations 1 to {len(expected)}: {shown} (ASHA; {share:.0%} of all training)"
+    if spec.verify:
+        top = min(spec.verify.top, spec.search.trials)
+        yield f"then {top * spec.verify.seeds} whole ones: the best {top} with {spec.verify.seeds} other seeds each"
 
 
 def _base(memory: Any, model: str, configs: Sequence[QLoRAConfig], parameters: int) -> Iterator[str]:

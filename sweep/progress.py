@@ -72,6 +72,7 @@ class Progress:
     _began: float = field(default_factory=time.monotonic)
     _live: Live | None = None
     _told: set[str] = field(default_factory=set)
+    _verifies: bool = False
     _summed_up: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "Progress":
@@ -100,6 +101,11 @@ class Progress:
         goes_on = "The sweep goes on" if unfinished or done < self.trials else "Nothing is left to do"
         begun = f"{unfinished} unfinished, " if unfinished else ""
         self.note(f"{goes_on}: {done} trials are done, {begun}{self.trials} are asked for.")
+
+    def verifying(self, trials: int) -> None:
+        self.trials, self.rule, self.searched = trials, None, (*self.searched, "seed")
+        self._entries, self._rows, self._verifies = {}, {}, True
+        self.note(f"Verification: {trials} trials, numbered anew, of the best configurations with other seeds")
 
     def started(self, entry: Entry) -> None:
         again = " again" if entry.cost.steps or entry.losses else ""
@@ -157,7 +163,7 @@ class Progress:
         return Group(
             head,
             overview(entries, self.searched, self.evaluations, speeds, ahead.of_trial),
-            *verdict(entries),
+            *([] if self._verifies else verdict(entries)),
             *machine(memory, sum(loads) / len(loads) if loads else None),
         )
 

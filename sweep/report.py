@@ -6,6 +6,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
+from sweep import scoring, verification
 from sweep.study import STATES, Entry, Ledger, ranking
 from sweep.tracking import described
 
@@ -66,12 +67,17 @@ def show(
     for entry in entries:
         if entry.state is TrialState.FAIL:
             console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
-    for line in verdict(entries):
-        console.print(line, highlight=False)
+    for line in conclusion(ledger):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
     if prices:
         how = f"{per_hour:g} an hour, {side_by_side} at a time on a machine; starting and waiting not counted"
         console.print(f"They cost {money(sum(prices.values()))} ({how})", highlight=False)
+
+
+def conclusion(ledger: Ledger) -> list[str]:
+    """All that was found out about the winner, a line each: search, verification, test."""
+    return [*verdict(ledger.entries()), *verification.lines(verification.result(ledger)), *scoring.lines(ledger)]
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:

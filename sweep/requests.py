@@ -134,6 +134,8 @@ class Requests:
         """Called with trials that are to go on."""
         self.to_stop: set[int] = set()
         """Trials that end with the next slice of their process."""
+        self.search_is_over = False
+        """From then on a pause alone is acted on: all else is of the search, and waits for the next run."""
 
     def begin(self) -> None:
         """Act on what was asked for while no driver was there, before any trial is handed out."""
@@ -153,7 +155,8 @@ class Requests:
             for request in waiting(self._place, self._listener.note):
                 if not self._holds():
                     return
-                self._act(request, active)
+                if request.verb == "pause" or not self.search_is_over:
+                    self._act(request, active)
         except OSError:  # the store does not answer: it is asked again
             return
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises

@@ -11,10 +11,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import earlier, engine, export, packing, report, sync, tracking, workspace
+from sweep import earlier, engine, export, packing, report, scoring, sync, tracking, verification, workspace
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
@@ -40,7 +41,7 @@ from sweep.requests import COMMAND, Requests, enqueued
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
-from sweep.spec import Packing, SpecError, SweepSpec
+from sweep.spec import Packing, SpecError, SweepSpec, Verify
 from sweep.study import (
     ENDED_AS,
     Entry,
@@ -101,7 +102,8 @@ class Outcome:
     exhausted: str | None
     """Why fewer than `search.trials` were tried, if so."""
     winner: Entry | None
-    """The trial whose best checkpoint is in best/; None when no trial has one, or after a signal or breakdown."""
+    """The trial whose best checkpoint is in best/; None when no trial has one, or a signal or breakdown ended the
+    search."""
     kept_offline: int
     """W&B runs that wait for `sync`."""
     seconds: float
@@ -139,6 +141,7 @@ def run(
     listener = shielded(listener)
     paths = place.paths
     inputs = _check_inputs(spec)
+    metric = _metric(spec)
     tracked = _tracking(spec, paths)
     if spec.checkpoint.push_to and get_token() is None:
         raise Refused(
@@ -151,28 +154,22 @@ def run(
         )
     drain = Drain()
     winner = None
-    emptied: set[int] = set()
     farewell = f"Preempted. The same command goes on: {again}"
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         place.pull_file(paths.spec)
         _same_as_recorded(spec, paths)
-        begun = paths.spec.exists()
-        ledger = _open(spec, paths, inputs, (), listener) if begun else None
-        known = [] if begun else _known(spec, inputs, listener)  # before: what cannot be used leaves no sweep behind
+        recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
+        # Before anything starts: what cannot be used leaves no sweep behind.
+        known = _known(spec, inputs, listener) if recorded is None else []
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
-        with (
-            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
-            draining_after(drain, spec.budget.hours),
-        ):
+        with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side:
             bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
             layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
             if spec.model is not None and (bf16 or layers):
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger, too
-            if ledger is None:
-                ledger = _open(spec, paths, inputs, known, listener)
+            ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
             known = earlier.read(ledger)
-            place.claim(ledger.noted("sweep_id"))
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
@@ -180,125 +177,43 @@ def run(
                 ledger.note(COMMAND, again)
             requests = Requests(ledger, place, spec.space, holds=lease.holds, drain=drain, listener=listener)
             requests.begin()
-            if len(ledger):
-                listener.resumed(ledger.entries())
-
-            first_rung = spec.early_stopping.grace if spec.early_stopping else 1
-
-            watch = Watch(drain, spec.trial_timeout, alone=address == "local")
-            watch.requests = requests
-            entries = ledger.entries()
-            unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
-            left = unfinished + max(0, spec.search.trials - len(entries))
-            if _may_pack(place, address):
-                slots, measuring = packing.slots(spec, job, ledger, left, side_by_side, drain, listener.note)
-            else:
-                slots, measuring = 1, None
-                if spec.packing == "auto" and spec.trainable != "toy":
-                    listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
-            most = sum(side_by_side) * slots
-            limit = min(most, spec.resources.concurrency or most)
-            ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
-            engines = None
-            if slots > 1 and left:
-                wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
-                more = range(wanted - (measuring is not None))
-                launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
-                engines = engine.Engines(filter(None, [measuring, *launched]), slots, lambda: watch.draining)
-                watch.engines = engines
-
-            def assign(entry: Entry) -> Assignment:
-                entries = ledger.entries()
-                running = [other.number for other in entries if other.state is TrialState.RUNNING]
-                score_base = report.base_loss(entries) is None and entry.number == min(running)
-                halvings = starting_halvings(entry, entries)
-                if halvings > entry.halvings:
-                    ledger.halve(entry.number, halvings)
-                return Assignment(
-                    number=entry.number,
-                    trainable=spec.trainable,
-                    config=entry.config,
-                    job=replace(job, score_base=score_base, halvings=halvings),
-                    lease=lease,
-                    reported=entry.reported,
-                    cost=entry.cost,
-                    first_rung=first_rung,
-                    tracking=tracked,
-                    sweep_id=ledger.noted("sweep_id"),
-                    searched=spec.space.searched,
-                    checkpoint_minutes=spec.checkpoint.every,
-                    engine=engines.choose(entry.number, running) if engines else None,
-                )
-
-            def started(entry: Entry) -> None:
-                try:
-                    tidy(ledger, place, spec.checkpoint.keep, emptied)
-                except OSError as error:
-                    listener.note(f"Checkpoints that nobody needs could not be deleted: {error}")
-                listener.started(entry)
-
-            def settled(number: int) -> bool:
-                rule = spec.early_stopping
-                stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
-                return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
-
-            ending: set[int] = set()
-
-            def end_runs() -> None:
-                model, evaluations = spec.model or "", spec.budget.evaluations
-                _end_runs(ledger, place, tracked, spec.space.searched, model, evaluations, first_rung, ending)
-
-            end_runs()
             first = first_params(spec.space, spec.search.first)
             if not first:
                 listener.note(
                     "The documented defaults are not in the space, so none of the trials is the usual default"
                 )
+            train = partial(
+                _train,
+                search=ledger,
+                requests=requests,
+                job=job,
+                side_by_side=side_by_side,
+                address=address,
+                lease=lease,
+                drain=drain,
+                listener=listener,
+            )
 
             def ask(entries: list[Entry]) -> Proposal:
                 tried_first = [*enqueued(ledger), *first]
                 return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, known)
 
-            searcher = LedgerSearcher(
-                ledger,
-                trials=spec.search.trials,
-                concurrency=limit,
-                propose=ask,
-                settle=settled,
-                assign=assign,
-                drain=drain,
-                started=started,
-                ready=engines.ready if engines else lambda running: True,
-            )
-            requests.put_back = searcher.hand_out_again
-            scheduler = LedgerScheduler(
-                ledger,
-                settle=settled,
-                put_back=searcher.hand_out_again,
-                drain=drain,
-                listener=listener,
-                lease=lease,
-                watch=watch,
-            )
-            if not drain():
-                asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
-                with _pushing(spec, job, ledger, place, listener, drain):
-                    _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
-                for note in watch.unsaved():
-                    listener.note(note)
-        if drain.cause != "signal":
-            if tracked.mode != "disabled":
-                _wait_for_ends(ledger, place)
-            end_runs()
-        tracking.close(10 + SECONDS_PER_RUN * len(ending) if drain.cause != "signal" else 10)
-        if tracked.mode == "online" and drain.cause not in ("signal", "breakdown"):
-            _lay_out_view(tracked, spec.space, ledger, place, listener)
-        for note in tracking.notes():
-            listener.note(note)
-        if drain.cause not in ("signal", "breakdown"):
-            tidy(ledger, place, spec.checkpoint.keep, emptied)
-            tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
-            winner = export.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
+            def export_best() -> Entry | None:
+                tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
+                return export.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
+
+            with draining_after(drain, spec.budget.hours):
+                keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
+                exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep)
+                if drain.cause not in ("signal", "breakdown"):
+                    winner = export_best()
+                requests.search_is_over = True
+                if spec.verify is not None and winner is not None and not drain():
+                    _verify(spec, spec.verify, ledger, place, tracked, listener, train)
+            if winner is not None and not drain():
+                scored = _score(spec, ledger, place, winner, job, metric, drain, listener)
+                if scored or spec.verify is not None:
+                    winner = export_best()  # once more: the model card tells of it
     seconds = time.monotonic() - began
     kept_offline = tracking.kept_offline(tracked.directory)
     if tracked.mode == "online" and kept_offline:
@@ -308,11 +223,206 @@ def run(
         place=place,
         cause=drain.cause,
         reason=drain.reason,
-        exhausted=searcher.exhausted,
+        exhausted=exhausted,
         winner=winner,
         kept_offline=kept_offline,
         seconds=seconds,
     )
+
+
+def _verify(
+    spec: SweepSpec,
+    verify: Verify,
+    search: Ledger,
+    place: Place,
+    tracked: tracking.Tracking,
+    listener: Listener,
+    train: Callable[..., str | None],
+) -> None:
+    """Train the best configurations again, as a search that has a list of them and stops none of them early."""
+    ledger, wanted = verification.begin(search, verify.top, verify.seeds)
+    trials: int = ledger.noted("trials")
+    listener.verifying(trials)
+    train(
+        spec.model_copy(
+            update={
+                "search": spec.search.model_copy(update={"trials": trials, "sampler": "random"}),  # nothing is learned
+                "early_stopping": False,
+            }
+        ),
+        ledger=ledger,
+        place=replace(place, verification=True),
+        tracked=replace(tracked, group=f"{tracked.group} verification"),
+        ask=lambda entries: verification.propose(entries, wanted),
+        keep=0,
+    )
+
+
+def _score(
+    spec: SweepSpec,
+    ledger: Ledger,
+    place: Place,
+    winner: Entry,
+    job: Job,
+    metric: tuple[str, scoring.Metric] | None,
+    drain: Drain,
+    listener: Listener,
+) -> bool:
+    """Score the winner and the base on what they have not been scored on; whether there was something."""
+    exported = export.exported(place)
+    if spec.data is None or spec.model is None or exported is None:  # a toy
+        return False
+    return scoring.score_winner(
+        ledger,
+        place,
+        winner,
+        exported["step"],
+        spec.model,
+        Path(job.tokens).name,
+        "validation" if spec.data.test is None else "test",
+        metric,
+        {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus},
+        drain,
+        listener.note,
+    )
+
+
+def _train(
+    spec: SweepSpec,
+    *,
+    ledger: Ledger,
+    search: Ledger,
+    requests: Requests,
+    place: Place,
+    tracked: tracking.Tracking,
+    ask: Callable[[list[Entry]], Proposal],
+    keep: int,
+    job: Job,
+    side_by_side: Sequence[int],
+    address: str,
+    lease: Lease,
+    drain: Drain,
+    listener: Listener,
+) -> str | None:
+    """Train what is unfinished in a ledger, then what `ask` proposes, up to `search.trials` in total.
+
+    The ledger is that of the `search`, or of its verification. Of the trials that have ended, the checkpoints of the
+    best `keep` stay. Returns why fewer were trained, if so.
+    """
+    emptied: set[int] = set()
+    place.claim(ledger.noted("sweep_id"))
+    if len(ledger):
+        listener.resumed(ledger.entries())
+
+    first_rung = spec.early_stopping.grace if spec.early_stopping else 1
+    searched = (*spec.space.searched, "seed") if place.verification else spec.space.searched
+    known = [] if ledger is search else search.entries()
+
+    watch = Watch(drain, spec.trial_timeout, alone=address == "local")
+    watch.requests = requests
+    entries = ledger.entries()
+    unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
+    left = unfinished + max(0, spec.search.trials - len(entries))
+    if _may_pack(place, address):
+        slots, measuring = packing.slots(spec, job, search, left, side_by_side, drain, listener.note)
+    else:
+        slots, measuring = 1, None
+        if spec.packing == "auto" and spec.trainable != "toy":
+            listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
+    most = sum(side_by_side) * slots
+    limit = min(most, spec.resources.concurrency or most)
+    ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
+    engines = None
+    if slots > 1 and left:
+        wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
+        more = range(wanted - (measuring is not None))
+        launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
+        engines = engine.Engines(filter(None, [measuring, *launched]), slots, lambda: watch.draining)
+        watch.engines = engines
+
+    def assign(entry: Entry) -> Assignment:
+        entries = ledger.entries()
+        running = [other.number for other in entries if other.state is TrialState.RUNNING]
+        score_base = report.base_loss([*known, *entries]) is None and entry.number == min(running)
+        halvings = starting_halvings(entry, [*known, *entries])
+        if halvings > entry.halvings:
+            ledger.halve(entry.number, halvings)
+        return Assignment(
+            number=entry.number,
+            trainable=spec.trainable,
+            config=entry.config,
+            job=replace(job, score_base=score_base, halvings=halvings),
+            lease=replace(lease, place=place),
+            reported=entry.reported,
+            cost=entry.cost,
+            first_rung=first_rung,
+            tracking=tracked,
+            sweep_id=ledger.noted("sweep_id"),
+            searched=searched,
+            checkpoint_minutes=spec.checkpoint.every,
+            engine=engines.choose(entry.number, running) if engines else None,
+        )
+
+    def started(entry: Entry) -> None:
+        try:
+            tidy(ledger, place, keep, emptied)
+        except OSError as error:
+            listener.note(f"Checkpoints that nobody needs could not be deleted: {error}")
+        listener.started(entry)
+
+    def settled(number: int) -> bool:
+        rule = spec.early_stopping
+        stops = rungs(spec.budget.evaluations, rule.grace, rule.reduction) if rule else ()
+        return settle(ledger, number, spec.budget.evaluations, stops, rule.reduction if rule else 1.0)
+
+    ending: set[int] = set()
+
+    def end_runs() -> None:
+        model, evaluations = spec.model or "", spec.budget.evaluations
+        _end_runs(ledger, place, tracked, searched, model, evaluations, first_rung, ending)
+
+    end_runs()
+    searcher = LedgerSearcher(
+        ledger,
+        trials=spec.search.trials,
+        concurrency=limit,
+        propose=ask,
+        settle=settled,
+        assign=assign,
+        drain=drain,
+        started=started,
+        ready=engines.ready if engines else lambda running: True,
+    )
+    requests.put_back = searcher.hand_out_again
+    scheduler = LedgerScheduler(
+        ledger,
+        settle=settled,
+        put_back=searcher.hand_out_again,
+        drain=drain,
+        listener=listener,
+        lease=lease,
+        watch=watch,
+    )
+    if left and not drain():
+        asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
+        with nullcontext() if place.verification else _pushing(spec, job, ledger, place, listener, drain):
+            _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
+        for note in watch.unsaved():
+            listener.note(note)
+    if engines and not drain():
+        engines.end()
+    if drain.cause != "signal":
+        if tracked.mode != "disabled":
+            _wait_for_ends(ledger, place)
+        end_runs()
+    tracking.close(10 + SECONDS_PER_RUN * len(ending) if drain.cause != "signal" else 10)
+    if tracked.mode == "online" and not place.verification and drain.cause not in ("signal", "breakdown"):
+        _lay_out_view(tracked, spec.space, ledger, place, listener)
+    for note in tracking.notes():
+        listener.note(note)
+    if drain.cause not in ("signal", "breakdown"):
+        tidy(ledger, place, keep, emptied)
+    return searcher.exhausted
 
 
 def _may_pack(place: Place, address: str) -> bool:
@@ -369,6 +479,13 @@ def _check_inputs(spec: SweepSpec) -> dict[str, str]:
     assert spec.model is not None
     assert spec.data is not None
     return data.content_hashes(spec.data, spec.model)
+
+
+def _metric(spec: SweepSpec) -> tuple[str, scoring.Metric] | None:
+    try:
+        return None if spec.metric is None else (spec.metric, scoring.find_metric(spec.metric))
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _known(spec: SweepSpec, inputs: Mapping[str, str], listener: Listener) -> list[Observation]:
@@ -666,6 +783,9 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     assert spec.model is not None
     assert spec.data is not None
     prepared = data.prepare(spec.data, spec.model, paths.tokens)
+    if spec.metric is not None:
+        tokens = data.load(prepared.path)
+        data.with_answers(tokens.test or tokens.validation)
     for note in prepared.notes:
         listener.note(note)
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)

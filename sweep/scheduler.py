@@ -49,6 +49,9 @@ class Listener(Protocol):
     def resumed(self, entries: Sequence[Entry]) -> None:
         """The trials that the ledger has from earlier runs."""
 
+    def verifying(self, trials: int) -> None:
+        """The search is done; so many trials, numbered anew, verify its winner."""
+
     def started(self, entry: Entry) -> None:
         """The trial has been given to a process."""
 
@@ -71,7 +74,7 @@ def shielded(listener: Listener) -> Listener:
 
         return told
 
-    methods = ("note", "resumed", "started", "advanced", "ended")
+    methods = ("note", "resumed", "verifying", "started", "advanced", "ended")
     return cast(Listener, SimpleNamespace(**{name: shield(getattr(listener, name)) for name in methods}))
 
 

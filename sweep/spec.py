@@ -26,9 +26,9 @@ PAGED = "paged_adamw_8bit"
 RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", "steps"): ("budget", "epochs")}
 """Setting one of these on the command line removes the other one that the file has."""
 
-FREE = {"budget.hours", "search.trials", "storage", "ledger", "trial_timeout"}
+FREE = {"budget.hours", "search.trials", "metric", "storage", "ledger", "trial_timeout"}
 """Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
-FREE_SECTIONS = {"tracking", "resources", "packing", "preemption", "checkpoint", "cost"}
+FREE_SECTIONS = {"verify", "tracking", "resources", "packing", "preemption", "checkpoint", "cost"}
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
 
@@ -46,6 +46,12 @@ def _file_name(name: str) -> str:
             "should be a file name of at most 100 letters, digits, '.', '_' and '-', without '..', that starts with a"
             " letter, a digit or '_'"
         )
+    return name
+
+
+def _function(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise ValueError("should be a function such as package.module:function")
     return name
 
 
@@ -128,6 +134,15 @@ class EarlyStopping(Section):
     """At each rung the best 1/reduction go on; rungs are this factor apart."""
 
 
+class Verify(Section):
+    """Is the winner real? Once the search is done its best configurations are trained again, with other seeds."""
+
+    top: Annotated[int, Field(ge=1)] = 3
+    """Configurations that are trained again, the best ones of the search; their checkpoints are kept."""
+    seeds: Annotated[int, Field(ge=2)] = 3
+    """Times that each of them is trained, to its end, with a seed that it did not have in the search."""
+
+
 class Tracking(Section):
     """Weights & Biases."""
 
@@ -202,6 +217,11 @@ class SweepSpec(Section):
     """ASHA; false trains every trial to its end."""
     space: Space
     """What is searched, by field of the configuration: a plain value is fixed, a mapping is searched."""
+    verify: Verify | None = None
+    """Is the winner real?"""
+    metric: Annotated[str, AfterValidator(_function)] | None = None
+    """Function (`package.module:function`) of what the winner writes on the test rows, or the validation rows where
+    there are none: it gets prompts, references and completions and returns a number, or several by name."""
     tracking: Tracking = Tracking()
     """Weights & Biases."""
     resources: Resources = Resources()
@@ -355,6 +375,10 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
     if found.get("trainable") == "toy" and given("checkpoint.push_to"):
         yield ("checkpoint", "push_to"), f"received {shown(found['checkpoint.push_to'])}, a toy has no adapter"
+    if found.get("trainable") == "toy" and given("metric"):
+        yield ("metric",), f"received {shown(found['metric'])}, but a toy writes nothing"
+    if given("verify", "space") and "seed" in found["space"].searched:
+        yield ("space", "seed"), "is searched, so verify has no seeds to compare configurations over; fix it"
     if found.get("trainable") == "toy" and found.get("packing.slots", 1) > 1:
         yield ("packing", "slots"), f"received {found['packing.slots']}, only qlora_sft trials are packed"
     if "://" in str(found.get("storage", "")) and "ledger" in found and found["ledger"] is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sweep import report
+from sweep import report, scoring, verification
 from sweep import spec as specs
 from sweep.forecast import Forecast, duration, forecast
 from sweep.place import Place
@@ -125,6 +125,7 @@ def rerun_spec(found: Status, trial: int, overrides: Sequence[str] = (), ledger:
         "early_stopping": False,
         "space": entry.config.model_dump(mode="json"),
         "tracking.project": recorded.tracking.project or recorded.name,
+        "verify": None,
         "checkpoint.push_to": None,
     }
     if ledger is not None:
@@ -155,8 +156,8 @@ def show(console: Console, status: Status) -> None:
     ahead = status.forecast
     if entries:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
-    for line in [*report.verdict(entries), *machine(status.memory, status.gpu_load)]:
-        console.print(line, highlight=False)
+    for line in [*report.conclusion(status.ledger), *machine(status.memory, status.gpu_load)]:
+        console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""
     )
@@ -184,6 +185,8 @@ def as_json(status: Status) -> dict[str, Any]:
         "peak_memory": status.memory,
         "gpu_load": status.gpu_load,
         "waiting": [str(request) for request in status.waiting],
+        "verification": (verified := verification.result(status.ledger)) and asdict(verified),
+        "scores": (scored := scoring.scores(status.ledger)) and asdict(scored),
         "trials": records(status),
     }
 

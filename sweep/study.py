@@ -147,6 +147,25 @@ class Ledger:
         """The ledger in a database (any Optuna storage URL)."""
         return cls(optuna.storages.get_storage(url), name)
 
+    def verification(self) -> "Ledger | None":
+        """The runs that verify this search's winner, a study of its own in the same storage; None when there is none.
+
+        Nothing that the search asks for a decision reads it.
+        """
+        known = {study.study_name for study in self._storage.get_all_studies()}
+        return Ledger(self._storage, self._verification) if self._verification in known else None
+
+    def begin_verification(self) -> "Ledger":
+        """The same, made when there is none."""
+        found = Ledger(self._storage, self._verification)
+        if found.noted("sweep_id") is None:
+            found.note("sweep_id", f"{self.noted('sweep_id')}-v")  # its W&B runs are others than those of the search
+        return found
+
+    @property
+    def _verification(self) -> str:
+        return f"{self._study.study_name}/verification"  # no sweep can be called so
+
     def __len__(self) -> int:
         return len(self._frozen())
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sweep.study import Entry, read_journal
+from sweep.study import Entry, Ledger, read_journal
 
 TOY = """
 name: toy
@@ -66,14 +66,18 @@ def start(space: Path, *options: str, **variables: str) -> subprocess.Popen[str]
     )
 
 
+def ledger(space: Path, name: str = "toy") -> Ledger:
+    return read_journal(space.parent / "sweeps" / name / "study.log", name)
+
+
 def entries(space: Path, name: str = "toy") -> list[Entry]:
-    return read_journal(space.parent / "sweeps" / name / "study.log", name).entries()
+    return ledger(space, name).entries()
 
 
 def reported(space: Path, name: str = "toy") -> int:
     """Validation losses in the ledger of a sweep that runs (operation 7 of Optuna's journal)."""
-    ledger = space.parent / "sweeps" / name / "study.log"
-    return ledger.read_bytes().count(b'"op_code":7') if ledger.exists() else 0
+    journal = space.parent / "sweeps" / name / "study.log"
+    return journal.read_bytes().count(b'"op_code":7') if journal.exists() else 0
 
 
 def history(found: Sequence[Entry]) -> list[tuple[object, ...]]:

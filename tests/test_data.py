@@ -19,7 +19,17 @@ import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import data as module
 from trainables.config import DataConfig
-from trainables.data import DataError, Prepared, Rows, check_model, content_hashes, load, model_hash, prepare
+from trainables.data import (
+    DataError,
+    Prepared,
+    Rows,
+    check_model,
+    content_hashes,
+    load,
+    model_hash,
+    prepare,
+    with_answers,
+)
 
 TEXT = [{"text": f"the dog counts to {n} and then sleeps"} for n in range(12)]
 PAIRS = [{"prompt": f"How many letters stand here? {'x' * n} =", "completion": f" {n} letters"} for n in range(12)]
@@ -291,6 +301,47 @@ def test_content_hashes_name_what_changed(llama: str, tmp_path: Path) -> None:
         after = content_hashes(data, model)
         assert {name for name in before if before[name] != after[name]} == changed
     assert content_hashes(DataConfig(train=train, validation=0.3), llama).keys() == {"model", "tokenizer", "data.train"}
+    split = DataConfig(train=train, validation=train, test=0.3)
+    assert content_hashes(split, llama).keys() == {"model", "tokenizer", "data.train", "data.validation"}
+
+
+def test_a_test_fraction_takes_no_validation_row(llama: str, tmp_path: Path) -> None:
+    train, _ = make_tiny_rows(tmp_path, train=40, validation=0)
+
+    def parts(test: float | None) -> list[set[bytes]]:
+        settings = DataConfig(train=str(train), validation=0.25, test=test)
+        tokens = load(prepare(settings, llama, tmp_path / "tokens").path)
+        splits = [tokens.train, tokens.validation, *([tokens.test] if tokens.test else [])]
+        return [{rows[i][0].tobytes() for i in range(len(rows))} for rows in splits]
+
+    cut, whole = parts(0.2), parts(None)
+    assert [len(part) for part in cut] == [22, 10, 8]  # of the whole file
+    assert cut[1] == whole[1]
+    assert cut[0] | cut[2] == whole[0]
+    assert not cut[0] & cut[2]
+    few = DataConfig(train=write(tmp_path / "few.jsonl", PAIRS[:10]), validation=0.5, test=0.6)
+    with pytest.raises(DataError, match="5 rows cannot be split into training and test; add rows"):
+        prepare(few, llama, tmp_path / "tokens")
+
+
+def test_the_last_answer_of_a_row(llama: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    for rows, end, answer in [
+        (PAIRS, " =", " 3 letters<|im_end|>"),
+        (CHATS, "and now?<|im_end|>\n<|im_start|>assistant\n", "still the same<|im_end|>"),
+    ]:
+        settings = DataConfig(train=write(tmp_path / "rows.jsonl", rows), validation=write(tmp_path / "v.jsonl", rows))
+        tokens = load(prepare(settings, llama, tmp_path / "tokens").path)
+        found = with_answers(tokens.validation)
+        assert len(found) == len(rows)
+        assert tokenizer.decode(found[3][0]).endswith(end)
+        assert tokenizer.decode(found[3][1]) == answer
+    file = write(tmp_path / "text.jsonl", TEXT)
+    tokens = load(prepare(DataConfig(train=file, validation=file), llama, tmp_path / "tokens").path)
+    with pytest.raises(DataError, match="metric: the rows are text, of which nothing is an answer"):
+        with_answers(tokens.validation)
 
 
 def as_csv(rows: list[dict[str, str]], path: Path) -> Path:

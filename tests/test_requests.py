@@ -92,6 +92,22 @@ def test_the_next_run_honours_what_was_asked_for_meanwhile(sweep):
     assert ask(ledger, spec).config not in {entry.config for entry in entries}
 
 
+def test_while_the_winner_is_verified_a_pause_alone_is_acted_on(sweep, monkeypatch):
+    ledger = reopened(sweep)
+    ours = driver(sweep, ledger)
+    ours.search_is_over = True
+    for words in (("revive", sweep, "--trial", 1), ("enqueue", sweep, "r=8", "alpha=16")):
+        assert verb(*words)[0] == 0
+    place = Place(str(sweep))
+    place.put(place.paths.request("9-pause"), json.dumps({"name": "9-pause", "verb": "pause"}))
+    raised = []
+    monkeypatch.setattr("signal.raise_signal", raised.append)
+    ours.look(())
+    assert [request.verb for request in waiting(place)] == ["revive", "enqueue"]
+    assert ledger.entry(1).state is TrialState.PRUNED
+    assert len(raised) == 1
+
+
 def test_enqueued_come_first_and_the_rest_is_what_the_ledger_says(space):
     """A sweep that is cut in two by a new process proposes the same."""
     spec = specs.load(space)

@@ -91,7 +91,7 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    assert len(specs.keys()) == 36
+    assert len(specs.keys()) == 39
     assert [key for key, field in specs.keys().items() if not field.description] == []
 
 
@@ -227,6 +227,16 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
         "name: demo\ndata: {train: a/b, validation: 1.5}",
         2,
         ["received 1.5, should be less than 1"],
+    ),
+    ("one seed", "name: demo", "name: demo\nverify: {seeds: 1}", 2, ["verify.seeds: received 1", "equal to 2"]),
+    ("metric", "name: demo", "name: demo\nmetric: a.b", 2, ['metric: received "a.b"', "package.module:function"]),
+    ("metric of a toy", "name: demo", "name: demo\nmetric: a.b:c", 2, ["a toy writes nothing"]),
+    (
+        "seeds searched and verified",
+        "[nf4, fp4]}",
+        "[nf4, fp4]}\n  seed: {values: [0, 1]}\nverify: {}",
+        14,
+        ["space.seed: is searched, so verify has no seeds"],
     ),
     ("validation type", "name: demo", "name: demo\ndata: {train: a/b, validation: []}", 2, ["text or a number"]),
 ]
@@ -438,7 +448,7 @@ def test_changes_names_what_may_not_differ(tmp_path: Path) -> None:
         "storage=x",
         "ledger=sqlite:///x.db",
     )
-    free += ("checkpoint.every=1", "preemption.grace=5", "budget.hours=2")
+    free += ("checkpoint.every=1", "preemption.grace=5", "budget.hours=2", "verify={top: 2}")
     assert specs.changes(recorded, load(path, free)) == []
     other = load(path, ("space.r.values=[4, 8]", "search.seed=3", "budget.epochs=1", "space.dropout=0.1"))
     assert specs.changes(recorded, other) == [

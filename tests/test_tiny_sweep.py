@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sweep import runner
+from sweep import report, runner, scoring
 from sweep.spec import load
 from sweep.study import ranking
 from tests import hub_server, sweeps
@@ -46,9 +46,14 @@ resources: {concurrency: 1}
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
     space = write(tmp_path_factory.mktemp("undisturbed"), inputs)
-    done = sweeps.run(space)
+    done = sweeps.run(space, *scored_on(inputs, "search_spaces.pricing:errors"))
     assert done.returncode == 0, done.stdout + done.stderr
     return space, done, sweeps.entries(space, "tiny")
+
+
+def scored_on(inputs: Path, metric: str) -> list[str]:
+    """The validation rows as test rows, too: the winner's loss on them is known."""
+    return ["--set", f"data.test={inputs}/validation.jsonl", "--set", f"metric={metric}"]
 
 
 def write(directory: Path, inputs: Path) -> Path:
@@ -68,6 +73,37 @@ def test_trains_and_says_what(undisturbed):
     for entry in entries:
         assert entry.cost.tokens > 0
         assert entry.cost.peak_memory > 1e8
+
+
+def test_the_winner_and_the_base_are_scored(undisturbed):
+    space, done, entries = undisturbed
+    winner, ledger = ranking(entries)[0], sweeps.ledger(space, "tiny")
+    found = scoring.scores(ledger)
+    assert (found.trial, found.split, found.rows, found.trouble) == (winner.number, "test", 24, None)
+    assert found.loss == pytest.approx(winner.best[1], abs=1e-6)
+    assert found.base_loss == pytest.approx(entries[0].losses[0], abs=0.05)  # maybe of another quantisation
+    for values in (found.values, found.base_values):
+        assert values.keys() == {"mean absolute error, $", "share within 20 %"}
+    told = "\n".join(report.conclusion(ledger))
+    assert re.search(rf"^loss +{found.loss:.4f}  \(base {found.base_loss:.4f}\)$", told, re.MULTILINE)
+    assert told in done.stdout
+    assert told in (space.parent / "sweeps/tiny/best/README.md").read_text()
+
+
+def test_a_metric_that_fails_costs_nothing_else(undisturbed, inputs):
+    space, _, entries = undisturbed
+    refused = sweeps.run(space, *scored_on(inputs, "mine:fails"))
+    assert refused.returncode == 2
+    assert "metric: mine:fails cannot be imported (ModuleNotFoundError: No module named 'mine')" in refused.stderr
+    before = scoring.scores(sweeps.ledger(space, "tiny"))
+    (space.parent / "mine.py").write_text("def fails(*texts):\n    raise KeyError('a key')\n")
+    done = sweeps.run(space, *scored_on(inputs, "mine:fails"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "metric mine:fails: raised KeyError: 'a key'; mend it and run the sweep again" in done.stdout
+    assert "The best adapter is in" in done.stdout
+    after = scoring.scores(sweeps.ledger(space, "tiny"))
+    assert (after.loss, after.base_loss, after.values) == (before.loss, before.base_loss, None)
+    assert sweeps.history(sweeps.entries(space, "tiny")) == sweeps.history(entries)
 
 
 def test_killed_and_run_again(undisturbed, inputs, tmp_path):

@@ -91,8 +91,8 @@ class DataConfig(BaseModel):
     """JSONL, CSV or Parquet file, saved `datasets` directory, or Hub id; prompt/completion, messages or text."""
     validation: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
     """The same, or the fraction of `train` that is split off by seed."""
-    test: str | None = None
-    """The same; never trained on nor searched with."""
+    test: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The same; scored once, at the end, with the winner and the base, and never trained on nor searched with."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens of a row; longer rows are cut off at the end."""
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -101,6 +101,22 @@ def load(path: Path) -> Tokens:
     )
 
 
+def with_answers(rows: Rows) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Token ids of each row's last answer, which are its last supervised ones, and before them those of what leads to
+    it: (prompt, answer). DataError when a row is nothing but an answer, as plain text is.
+    """
+    found = []
+    for number in range(len(rows)):
+        ids, supervised = rows[number]
+        end = int(np.flatnonzero(supervised)[-1]) + 1
+        led_to = np.flatnonzero(~supervised[:end])
+        if not len(led_to):
+            raise DataError("metric: the rows are text, of which nothing is an answer; use prompt and completion")
+        start = int(led_to[-1]) + 1
+        found.append((ids[:start], ids[start:end]))
+    return found
+
+
 def _open(directory: Path) -> Rows:
     def array(name: str) -> Any:
         return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -164,14 +180,12 @@ def prepare(data: DataConfig, model: str, directory: Path) -> Prepared:
 def content_hashes(data: DataConfig, model: str) -> dict[str, str]:
     """Hashes of all that a sweep reads, by key of its spec: raises what `prepare` does.
 
-    Rows that are split into training and validation count as `data.train`; the tokenizer is the model's, told apart.
+    Rows that others are split off from count as `data.train`, all of them; the tokenizer is the model's, told apart.
     """
     tokenizer = check_model(model)
     splits = _read_splits(data)
-    if not isinstance(data.validation, str):
-        hashes = {"data.train": _rows_hash(splits.pop("train"), splits.pop("validation"))}
-    else:
-        hashes = {}
+    parts = [name for name in splits if not isinstance(getattr(data, name), str)]
+    hashes = {"data.train": _rows_hash(splits.pop("train"), *map(splits.pop, parts))} if parts else {}
     hashes |= {f"data.{name}": _rows_hash(split) for name, split in splits.items()}
     return {"model": model_hash(model), "tokenizer": _tokenizer_hash(tokenizer), **hashes}
 
@@ -285,12 +299,13 @@ class _Split:
 
 def _read_splits(data: DataConfig) -> dict[str, _Split]:
     splits = {"train": _read(data.train, "train")}
-    if isinstance(data.validation, str):
-        splits["validation"] = _read(data.validation, "validation")
-    else:
-        splits["train"], splits["validation"] = _split_off(splits["train"], data.validation, data.split_seed)
-    if data.test is not None:
-        splits["test"] = _read(data.test, "test")
+    total = len(splits["train"].rows)
+    for name, source in (("validation", data.validation), ("test", data.test)):
+        if isinstance(source, str):
+            splits[name] = _read(source, name)
+        elif source is not None:
+            count = max(1, round(total * source))
+            splits["train"], splits[name] = _split_off(splits["train"], name, count, data.split_seed)
     kind = splits["train"].kind
     for split in splits.values():
         if split.kind != kind:
@@ -300,12 +315,11 @@ def _read_splits(data: DataConfig) -> dict[str, _Split]:
     return splits
 
 
-def _split_off(split: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:
-    """(train, validation): `fraction` of the rows, at least one, drawn by seed; both keep the order of the file."""
+def _split_off(split: _Split, name: str, count: int, seed: int) -> tuple[_Split, _Split]:
+    """(the others, `count` rows drawn by seed); both keep the order of the file. `name` is that of the second."""
     total = len(split.rows)
-    count = max(1, round(total * fraction))
-    if count == total:
-        raise DataError(f"{split.source}: {total} rows cannot be split into training and validation; add rows")
+    if count >= total:
+        raise DataError(f"{split.source}: {total} rows cannot be split into training and {name}; add rows")
     drawn = set(random.Random(seed).sample(range(total), count))
     return split.select(i for i in range(total) if i not in drawn), split.select(sorted(drawn))
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trainables import data, model
 from trainables.packed.base import collate, label_losses
-from trainables.qlora_sft import EVALUATION_TOKENS, rows_of_evaluation
+from trainables.qlora_sft import EVALUATION_TOKENS
+from trainables.scoring import mean_loss
 
 SHARE = 0.8
 """Of a device's free memory that the merged model may take to be scored there."""
@@ -38,10 +38,8 @@ def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
     if on.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         model.multiply_bf16_in_fp32()
     rows = data.load(tokens)
-    total, labels = 0.0, 0
-    for numbers in rows_of_evaluation(np.diff(rows.validation.offsets), EVALUATION_TOKENS[on.type]):
-        batch = collate([rows.validation[int(number)] for number in numbers], rows.pad_token_id, on)
-        with torch.no_grad():
-            total += float(label_losses(merged, batch).sum())
-        labels += len(batch.labels)
-    return total / labels
+    return mean_loss(
+        rows.validation,
+        EVALUATION_TOKENS[on.type],
+        lambda some: label_losses(merged, collate(some, rows.pad_token_id, on)),
+    )

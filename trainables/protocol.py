@@ -174,6 +174,21 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a finished adapter, or the base alone, does on rows."""
+
+    rows: int
+    loss: float | None
+    """Mean cross-entropy per supervised token, nats; None when it was not asked for."""
+    prompts: tuple[str, ...] = ()
+    """What leads to the answer of each row, as the model reads it, without special tokens."""
+    references: tuple[str, ...] = ()
+    """The answers."""
+    completions: tuple[str, ...] = ()
+    """What was written instead of them; all three are empty when that was not asked for."""
+
+
+@dataclass(frozen=True)
 class Started:
     """Of a trial before its first call of `advance`."""
 

@@ -11,7 +11,7 @@ Trials of one base go through it together (`turn`); each computes what it comput
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -229,9 +229,7 @@ class QLoRATrial:
             if facts[name] != ours:
                 raise ValueError(f"checkpoint {checkpoint.path} has {name} {facts[name]}, this trial has {ours}")
         self.step, self.evaluations = checkpoint.step, checkpoint.evaluations
-        saved = load_file(checkpoint.path / ADAPTER)
-        for name, weight in self.adapter.named.items():
-            weight.copy_(saved[f"base_model.model.{name}"])
+        set_weights(self.adapter, load_file(checkpoint.path / ADAPTER))
         self.adapter.set_moments(load_file(checkpoint.path / STATE))
 
     def close(self) -> None:
@@ -241,6 +239,12 @@ class QLoRATrial:
             self.base.dismiss(self.adapter)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # another process may share the GPU
+
+
+def set_weights(adapter: Adapter, saved: Mapping[str, torch.Tensor]) -> None:
+    """Have the adapter's weights be those of a file as PEFT writes it."""
+    for name, weight in adapter.named.items():
+        weight.copy_(saved[f"base_model.model.{name}"])
 
 
 def turn(trials: Sequence[QLoRATrial]) -> None:

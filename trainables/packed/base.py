@@ -1,7 +1,9 @@
 """A quantised base through which the rows of many trials go together."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainables.packed.adapter import Adapter, Stack
 from trainables.packed.layers import Dropout, Part, Plan, pack
@@ -98,6 +100,53 @@ class Base:
         losses = label_losses(self.model, batch).split([work.labels for work in ordered])
         found = {i: each for (_, _, i), each in zip(places, losses, strict=True)}
         return [found[i] for i in range(len(works))]
+
+    def ends(self) -> set[int]:
+        """Tokens that end an answer, as the model's own settings have them; none when they have none."""
+        settings = self.model.generation_config
+        found = None if settings is None else settings.eos_token_id
+        return set(found if isinstance(found, list) else [] if found is None else [found])
+
+    def continuations(
+        self, adapter: Adapter, prompts: Sequence[NDArray[np.int32]], pad: int, ends: Collection[int], most: int
+    ) -> list[list[int]]:
+        """Token ids that follow each prompt, the most probable one each time, up to the first of `ends` or to `most`.
+
+        The end itself is left out.
+        """
+        width = max(map(len, prompts))
+        input_ids = np.full((len(prompts), width), pad, dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        for i, prompt in enumerate(prompts):
+            input_ids[i, width - len(prompt) :] = prompt
+            mask[i, width - len(prompt) :] = 1
+        key = _shape(adapter)
+        rows = [(prompt, np.zeros(len(prompt), np.bool_)) for prompt in prompts]
+        seat = (key, self._stacks[key].adapters.index(adapter))
+        self.plan.parts = self._parts([seat], [Work(adapter, rows, None)], collate(rows, pad, self.model.device))
+        self._checkpoint(False)
+
+        def before(_: torch.nn.Module, positional: object, named: dict[str, Tensor]) -> None:
+            self.plan.shape = (len(prompts), named["input_ids"].shape[1])  # all of the prompts, then token by token
+
+        hook = self.model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            model: Any = self.model
+            written: Tensor = model.generate(
+                torch.from_numpy(input_ids).to(self.model.device),
+                attention_mask=torch.from_numpy(mask).to(self.model.device),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    max_new_tokens=most,
+                    pad_token_id=pad,
+                    eos_token_id=sorted(ends),
+                ),
+            )
+        finally:
+            hook.remove()
+        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in written[:, width:].tolist()]
 
     def _parts(
         self, seats: Sequence[tuple[tuple[object, ...], int]], works: Sequence[Work], batch: "Batch"

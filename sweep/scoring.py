@@ -1,0 +1,195 @@
+"""The winner on the test rows, once, and beside it the base: their loss, and the user's metric of what they write."""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+from sweep.place import Place
+from sweep.preemption import Drain
+from sweep.study import Entry, Ledger
+from trainables.protocol import Scored
+
+Metric = Callable[[list[str], list[str], list[str]], Any]
+"""Of prompts, references and completions, row by row; gives a number, or several by name."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The best checkpoint of the winner, and the base in the same quantisation."""
+
+    trial: int
+    step: int
+    """Of the checkpoint."""
+    split: Literal["test", "validation"]
+    """The rows: validation where there are no test rows."""
+    rows: int
+    loss: float | None
+    """Mean cross-entropy per supervised token of test rows, nats; None without them."""
+    base_loss: float | None
+    metric: str | None
+    """Name of the function, `package.module:function`; None when there is none."""
+    values: Mapping[str, float] | None
+    """What it gave for the winner; None when it gave nothing."""
+    base_values: Mapping[str, float] | None
+    trouble: str | None
+    """Why it gave nothing."""
+
+
+def scores(ledger: Ledger) -> Scores | None:
+    """The newest ones, None when nothing was scored."""
+    found = _recorded(ledger)
+    return found[-1] if found else None
+
+
+def lines(ledger: Ledger) -> list[str]:
+    """The newest scores in words."""
+    found = scores(ledger)
+    if found is None:
+        return []
+    told = [f"{found.split} set, {found.rows} rows: the best checkpoint of trial {found.trial:03d}, and the base model"]
+    values, base = found.values or {}, found.base_values or {}
+    width = max([21, *map(len, values)])
+    if found.loss is not None and found.base_loss is not None:
+        told.append(f"{'loss':{width}} {found.loss:.4f}  (base {found.base_loss:.4f})")
+    for name, value in values.items():
+        told.append(f"{name:{width}} {value:.5g}" + (f"  (base {base[name]:.5g})" if name in base else ""))
+    if found.trouble:
+        told.append(f"metric {found.metric}: {found.trouble}; mend it and run the sweep again, it is computed anew")
+    earlier = {each.trial for each in _recorded(ledger)[:-1] if each.loss is not None} - {found.trial}
+    if earlier:
+        told.append(
+            f"The test set was scored before, with winners of that time: {', '.join(map(str, sorted(earlier)))}"
+        )
+    return told
+
+
+def find_metric(name: str) -> Metric:
+    """The function called `package.module:function`, seen from the working directory or installed.
+
+    Raises ValueError that says why there is none.
+    """
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # it is there with `python -m`
+        sys.path.append(here)
+    try:
+        found: Metric = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(
+            f"metric: {name} cannot be imported ({type(error).__name__}: {error}); it should be a function of a module"
+            f" that is installed or lies below {here}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"metric: {name} is {found!r}, should be a function of prompts, references and completions")
+    return found
+
+
+def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
+    """What the metric gives, by name; a single number has the function's. Raises ValueError that says what is wrong."""
+    try:
+        given = metric(list(scored.prompts), list(scored.references), list(scored.completions))
+    except Exception as error:
+        raise ValueError(f"raised {type(error).__name__}: {error}") from error
+    named = given if isinstance(given, Mapping) else {name.partition(":")[2]: given}
+    for value in (*named.values(), *([] if named else [given])):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"gave {given!r}, should be a finite number or a dict of them")
+    return {str(key): float(value) for key, value in named.items()}
+
+
+def score_winner(
+    ledger: Ledger,
+    place: Place,
+    winner: Entry,
+    step: int,
+    model: str,
+    tokens: str,
+    split: Literal["test", "validation"],
+    metric: tuple[str, Metric] | None,
+    resources: Mapping[str, float],
+    drain: Drain,
+    note: Callable[[str], object],
+) -> bool:
+    """Score what is in best/, the checkpoint of the `winner` after `step`, and the base, and write it to the ledger.
+
+    What the ledger has is not done again, but for a metric that is new, or had trouble. `tokens` is the directory's
+    name. `resources` are those of a trial (Ray's `num_cpus`, `num_gpus`). What goes wrong is told, and left to the next
+    run. Returns whether the ledger has something new.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    recorded = _recorded(ledger)
+    mine = next(
+        (each for each in recorded if (each.trial, each.step, each.split) == (winner.number, step, split)), None
+    )
+    loss = split == "test" and mine is None
+    completions = metric is not None and (mine is None or mine.metric != metric[0] or mine.trouble is not None)
+    if not (loss or completions):
+        return False
+    what = "the test rows" if split == "test" else "what it writes on the validation rows"
+    note(f"Scoring the winner, trial {winner.number}, and the base on {what}")
+
+    def task(adapter: bytes | None) -> Scored:
+        here = place.paths.tokens / tokens
+        place.pull_directory(here)
+        scoring = importlib.import_module("trainables.scoring")
+        scored: Scored = scoring.score(
+            model,
+            winner.config,
+            adapter,
+            here,
+            split,
+            halvings=winner.halvings,
+            loss=loss,
+            completions=completions,
+        )
+        return scored
+
+    try:
+        remote: Any = ray.remote(task)
+        options = remote.options(max_retries=2, **resources)
+        adapter = place.paths.best / "adapter_model.safetensors"
+        place.pull_file(adapter)
+        # The base beside it, where there is room.
+        asked = [options.remote(adapter.read_bytes()), options.remote(None)]
+        while len(ray.wait(asked, num_returns=2, timeout=0.2)[0]) < 2:
+            if drain():
+                return False
+        adapted, base = ray.get(asked)
+    except (RayError, OSError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        why = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        note(f"The winner could not be scored ({why}); the command that runs the sweep tries again")
+        return False
+    found = mine or Scores(
+        trial=winner.number,
+        step=step,
+        split=split,
+        rows=adapted.rows,
+        loss=adapted.loss,
+        base_loss=base.loss,
+        metric=None,
+        values=None,
+        base_values=None,
+        trouble=None,
+    )
+    if metric is not None and completions:
+        name, function = metric
+        found = replace(found, metric=name, values=None, base_values=None, trouble=None)
+        try:
+            found = replace(found, values=values_of(name, function, adapted))
+            found = replace(found, base_values=values_of(name, function, base))
+        except ValueError as error:
+            found = replace(found, trouble=str(error))
+    ledger.note("scores", [asdict(each) for each in recorded if each != mine] + [asdict(found)])
+    return True
+
+
+def _recorded(ledger: Ledger) -> list[Scores]:
+    return [Scores(**each) for each in ledger.noted("scores") or []]

@@ -1,0 +1,174 @@
+"""Is the winner real? The best configurations of a search, trained again over fresh seeds.
+
+These runs are in the ledger apart from the search (`Ledger.verification`): nothing that proposes, stops or ranks reads
+them.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from optuna.trial import TrialState
+
+from sweep.study import Entry, Ledger, Proposal, SpaceExhausted, ranking
+from trainables.config import QLoRAConfig
+
+CONFIDENCE = 0.95
+"""Of the interval that holds a mean, and of all comparisons with the winner together."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A configuration over fresh seeds."""
+
+    trial: int
+    """That of the search with this configuration."""
+    losses: tuple[float, ...]
+    """Best validation loss of each run that used its whole budget, by seed."""
+    failed: int
+    """Runs that ended without."""
+    mean: float | None
+    """Of the losses; None when there are none."""
+    interval: tuple[float, float] | None
+    """Where their mean would be over all seeds, with 95 % confidence: Student's t-interval, which takes losses to be
+    normally distributed over seeds (Student 1908, Biometrika 6:1-25). None for fewer than two losses."""
+    p: float | None
+    """Probability of means that differ at least as much from the winner's when there is no difference: Welch's t-test
+    (Welch 1947, Biometrika 34:28-35), as Colas et al. 2019 (arXiv:1904.06979) advise for runs over seeds. None for the
+    winner itself, before all runs have ended, and where one of either failed."""
+    verdict: Literal["winner", "tied", "lower", "higher"] | None
+    """`winner` of the search; or, by `p`, `tied` within noise with it, `lower` or `higher`. All comparisons together
+    call configurations different that are not in at most 5 % of verifications (Bonferroni's correction)."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The best configurations of a search over fresh seeds."""
+
+    configurations: tuple[Verified, ...]
+    """Best of the search first."""
+    left: int
+    """Runs that have not ended."""
+
+
+def begin(search: Ledger, top: int, seeds: int) -> tuple[Ledger, list[QLoRAConfig]]:
+    """The verification's ledger, and what it is to have: the best `top` configurations of the search, each with the
+    `seeds` seeds that follow its own; seed by seed, so that one that ends early has compared them all."""
+    ledger = search.begin_verification()
+    best = [entry.config for entry in ranking(search.entries())[:top]]
+    wanted = [_with_seed(config, config.seed + more) for more in range(1, seeds + 1) for config in best]
+    ledger.note("trials", len({entry.config for entry in ledger.entries()} | set(wanted)))
+    return ledger, wanted
+
+
+def propose(entries: Sequence[Entry], wanted: Sequence[QLoRAConfig]) -> Proposal:
+    """The first of the configurations that no entry has; raises `SpaceExhausted` when there is none."""
+    known = {entry.config for entry in entries}
+    for config in wanted:
+        if config not in known:
+            return Proposal(config, {}, {})
+    raise SpaceExhausted("all configurations have been verified")
+
+
+def result(search: Ledger) -> Verification | None:
+    """What the verification of a search has found; None when it has not begun."""
+    ledger = search.verification()
+    if ledger is None or (trials := ledger.noted("trials")) is None:
+        return None
+    runs: dict[QLoRAConfig, list[Entry]] = {}
+    for entry in ledger.entries():
+        runs.setdefault(_with_seed(entry.config, 0), []).append(entry)
+    ranked = ranking(search.entries())
+    found = [(entry, runs[key]) for entry in ranked if (key := _with_seed(entry.config, 0)) in runs]
+    left = trials - sum(entry.state.is_finished() for entry in ledger.entries())
+    winner = found[0][1] if found and found[0][0] is ranked[0] and not left else []
+    others = sum(entry is not ranked[0] for entry, _ in found)
+    return Verification(
+        tuple(_verified(entry, mine, winner, others, wins=entry is ranked[0]) for entry, mine in found), left
+    )
+
+
+def lines(found: Verification | None) -> list[str]:
+    """The same in words."""
+    if found is None:
+        return []
+    told = [f"Verification: best validation loss over fresh seeds, mean ({CONFIDENCE:.0%} t-interval)"]
+    words = {"winner": "the winner of the search", "tied": "tied within noise", None: "not compared"}
+    for each in found.configurations:
+        mean = "-" if each.mean is None else f"{each.mean:.4f}"
+        interval = f" ({each.interval[0]:.4f} to {each.interval[1]:.4f})" if each.interval else ""
+        runs = f"{len(each.losses)} run{'' if len(each.losses) == 1 else 's'}"
+        failed = f" and {each.failed} that failed" if each.failed else ""
+        verdict = words.get(each.verdict, f"{each.verdict} than the winner beyond noise")
+        p = "" if each.p is None else ", p < 0.001" if each.p < 0.001 else f", p = {each.p:.3f}"
+        told.append(f"trial {each.trial:03d}             {mean}{interval}, {runs}{failed}: {verdict}{p}")
+    if found.left:
+        told.append(f"{found.left} of its runs are not done; nothing is compared before")
+    if any(each.p is not None for each in found.configurations):
+        others = sum(each.verdict != "winner" for each in found.configurations)
+        together = f" ({1 - CONFIDENCE:.2g} for {others} comparisons together)" if others > 1 else ""
+        told.append(
+            f"Tied within noise where p of Welch's t-test against the winner is at least {_level(others):.3g}{together}"
+        )
+    lower = [each for each in found.configurations if each.verdict == "lower"]
+    if lower:
+        lowest = min(lower, key=lambda each: each.mean or 0.0)
+        told.append(
+            f"Trial {lowest.trial:03d} has a lower mean than the winner, beyond noise. best/ stays what the search"
+            f" chose; take the other one home with: python -m sweep export DIR --trial {lowest.trial}"
+        )
+    return told
+
+
+def _with_seed(config: QLoRAConfig, seed: int) -> QLoRAConfig:
+    return config.model_copy(update={"seed": seed % 2**31})
+
+
+def _losses(runs: Sequence[Entry]) -> tuple[float, ...]:
+    """Of whole runs, by seed."""
+    whole = [entry for entry in runs if entry.state is TrialState.COMPLETE]
+    return tuple(entry.best[1] for entry in sorted(whole, key=lambda entry: entry.config.seed) if entry.best)
+
+
+def _verified(entry: Entry, runs: Sequence[Entry], winner: Sequence[Entry], others: int, *, wins: bool) -> Verified:
+    losses, to_beat = _losses(runs), _losses(winner)
+    complete = len(losses) == len(runs) and len(to_beat) == len(winner)
+    p = _p(losses, to_beat) if complete and not wins and min(len(losses), len(to_beat)) > 1 else None
+    verdict: Literal["winner", "tied", "lower", "higher"] | None = "winner" if wins else None
+    if p is not None:
+        below = statistics.mean(losses) < statistics.mean(to_beat)
+        verdict = "tied" if p >= _level(others) else "lower" if below else "higher"
+    return Verified(
+        trial=entry.number,
+        losses=losses,
+        failed=sum(run.state is TrialState.FAIL for run in runs),
+        mean=statistics.mean(losses) if losses else None,
+        interval=_interval(losses),
+        p=p,
+        verdict=verdict,
+    )
+
+
+def _interval(losses: Sequence[float]) -> tuple[float, float] | None:
+    if len(losses) < 2:
+        return None
+    from scipy import stats
+
+    half = stats.sem(losses) * stats.t.ppf((1 + CONFIDENCE) / 2, df=len(losses) - 1)
+    mean = statistics.mean(losses)
+    return float(mean - half), float(mean + half)
+
+
+def _p(losses: Sequence[float], others: Sequence[float]) -> float:
+    if statistics.pvariance(losses) == statistics.pvariance(others) == 0:  # the test divides by it
+        return float(losses[0] == others[0])
+    from scipy import stats
+
+    samples = [each for of in (losses, others) for each in (statistics.mean(of), statistics.stdev(of), len(of))]
+    return float(stats.ttest_ind_from_stats(*samples, equal_var=False).pvalue)
+
+
+def _level(comparisons: int) -> float:
+    """Of p, below which one of so many comparisons says that there is a difference."""
+    return (1 - CONFIDENCE) / comparisons

@@ -1,0 +1,164 @@
+"""What the winner writes, and what a metric makes of it."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from search_spaces import pricing
+from sweep import scoring
+from sweep.place import Place
+from sweep.preemption import Drain
+from sweep.study import Ledger
+from tests.ledgers import add_trial, memory_ledger
+from tests.test_qlora_sft import CONFIG, finish, stock_base
+from tests.test_qlora_sft import tiny as tiny  # a fixture
+from trainables import data, qlora_sft
+from trainables.protocol import Job, Scored
+from trainables.scoring import score
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Job, tmp_path_factory) -> tuple[Path, list[float]]:
+    """A directory with an adapter, and the validation losses of its evaluations, that of the base first."""
+    trial = qlora_sft.start(CONFIG, Job(tiny.model, tiny.tokens, tiny.budget, score_base=True), None)
+    finish(trial)
+    directory = tmp_path_factory.mktemp("adapter")
+    trial.save(directory)
+    trial.close()
+    return directory, [evaluation.loss for evaluation in trial.evaluations]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_loss_is_that_of_the_trial_and_completions_are_those_of_peft(tiny, trained, adapted, monkeypatch):
+    directory, losses = trained
+    monkeypatch.setitem(qlora_sft.SCORED_AT_ONCE, "cpu", 200)  # batches of some rows of different lengths
+    adapter = (directory / qlora_sft.ADAPTER).read_bytes() if adapted else None
+    tokens = Path(tiny.tokens)
+    scored = score(tiny.model, CONFIG, adapter, tokens, "validation", halvings=0, loss=True, completions=True)
+    assert scored.loss == pytest.approx(losses[-1] if adapted else losses[0], abs=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
+    rows = data.load(tokens).validation
+    assert scored.rows == len(rows) == len(scored.completions)
+    plain = stock_base(tiny)
+    if adapted:
+        plain = PeftModel.from_pretrained(plain, str(directory))
+    plain.eval()
+    longest = max(int(supervised.sum()) for _, supervised in (rows[i] for i in range(len(rows))))
+    for number in range(len(rows)):
+        ids, supervised = rows[number]
+        prompt = torch.from_numpy(ids[~supervised].astype(np.int64))[None]
+        with torch.no_grad():
+            written = plain.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=longest,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        assert scored.completions[number] == tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert scored.prompts[number].endswith(" =")
+        assert scored.references[number] == tokenizer.decode(ids[supervised], skip_special_tokens=True)
+        assert int(scored.references[number]) in range(1, 10)
+    assert len(set(scored.completions)) > 1 or not adapted
+
+
+def test_only_what_is_asked_for(tiny, trained):
+    tokens = Path(tiny.tokens)
+    asked = {"halvings": 0, "loss": True, "completions": False}
+    assert score(tiny.model, CONFIG, None, tokens, "validation", **asked).completions == ()
+    asked = {"halvings": 1, "loss": False, "completions": True}
+    assert score(tiny.model, CONFIG, None, tokens, "validation", **asked).loss is None
+
+
+SCORED = Scored(2, None, ("a", "b"), ("100", "1,000"), ("$90.5", "no idea"))
+
+
+def test_prices():
+    assert scoring.values_of("search_spaces.pricing:errors", pricing.errors, SCORED) == {
+        "mean absolute error, $": (9.5 + 1000) / 2,
+        "share within 20 %": 0.5,
+    }
+    with pytest.raises(ValueError, match=r"raised ValueError: the reference 'cheap' has no price"):
+        scoring.values_of("m:f", pricing.errors, Scored(1, None, ("a",), ("cheap",), ("1",)))
+
+
+def raises(*texts):
+    raise KeyError("nothing")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (raises, "raised KeyError: 'nothing'"),
+        (lambda *texts: "good", "gave 'good', should be a finite number or a dict of them"),
+        (lambda *texts: True, "gave True, should be"),
+        (lambda *texts: None, "gave None, should be"),
+        (lambda *texts: math.nan, "gave nan, should be"),
+        (lambda *texts: {}, "gave {}, should be"),
+        (lambda *texts: {"a": 1.0, "b": [2]}, "should be a finite number or a dict of them"),
+        (lambda one: 1.0, "raised TypeError: "),
+    ],
+)
+def test_a_metric_that_gives_no_number(metric, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        scoring.values_of("m:f", metric, SCORED)
+    assert message in str(caught.value)
+
+
+def test_a_number_has_the_name_of_the_function():
+    assert scoring.values_of("package.module:share", lambda *texts: np.float32(0.5), SCORED) == {"share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.at_all:f", "nowhere.at_all:f cannot be imported (ModuleNotFoundError: No module named 'nowhere'"),
+        ("search_spaces.pricing:error", "search_spaces.pricing:error cannot be imported (AttributeError: "),
+        ("search_spaces.pricing:CLOSE", "is 0.2, should be a function of prompts"),
+    ],
+)
+def test_a_metric_that_is_not_there(name, message):
+    with pytest.raises(ValueError, match="metric: ") as caught:
+        scoring.find_metric(name)
+    assert message in str(caught.value)
+
+
+def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:
+    """Ask for the scores of a trial; Ray, which is not running, would have to be asked for new ones."""
+    found = None if metric is None else (metric, pricing.errors)
+    entry = ledger.entry(number)
+    return scoring.score_winner(
+        ledger, Place("/nowhere"), entry, 24, "model", "tokens", "test", found, {}, Drain(), [].append
+    )
+
+
+def test_the_test_rows_are_scored_once(monkeypatch):
+    ledger = memory_ledger()
+    for number in (add_trial(ledger), add_trial(ledger)):
+        ledger.report(number, 1, 1.5)
+        ledger.complete(number)
+    mine = scoring.Scores(0, 24, "test", 200, 1.5, 4.9, "m:f", {"error": 7.0}, {"error": 900.0}, None)
+    ledger.note("scores", [asdict(mine)])
+    assert scoring.scores(ledger) == mine
+    assert scoring.lines(ledger) == [
+        "test set, 200 rows: the best checkpoint of trial 000, and the base model",
+        "loss                  1.5000  (base 4.9000)",
+        "error                 7  (base 900)",
+    ]
+    asked: list[bytes | None] = []
+    monkeypatch.setattr("ray.remote", lambda task: asked.append(None))
+    assert not score_again(ledger, 0, "m:f")
+    assert not score_again(ledger, 0, None)
+    assert asked == []
+    for number, metric in ((0, "m:other"), (1, "m:f")):  # another metric, another winner
+        with pytest.raises(AttributeError, match="options"):
+            score_again(ledger, number, metric)
+    assert len(asked) == 2
+    ledger.note("scores", [asdict(mine), asdict(replace(mine, trial=1))])
+    assert scoring.lines(ledger)[-1] == "The test set was scored before, with winners of that time: 0"

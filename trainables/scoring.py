@@ -1,0 +1,85 @@
+"""A finished adapter on rows that had no part in finding it: its loss, and what it writes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from trainables import data
+from trainables import model as models
+from trainables.config import QLoRAConfig
+from trainables.packed.adapter import Adapter
+from trainables.packed.base import Row, Work
+from trainables.protocol import Scored
+from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, rows_of_evaluation, set_weights
+
+
+def score(
+    model: str,
+    config: QLoRAConfig,
+    adapter: bytes | None,
+    tokens: Path,
+    split: str,
+    *,
+    halvings: int,
+    loss: bool,
+    completions: bool,
+) -> Scored:
+    """Score the rows of a split, `test` or `validation`, of `tokens`, as trials are scored.
+
+    `adapter` is the content of its file as PEFT writes it; without one, the base is scored alone, quantised as `config`
+    says. Micro-batches are halved so often. Completions are greedy, each at most as long in tokens as the longest
+    reference of the split, with the token that ends it. Raises `data.DataError` when the rows have no answers.
+    """
+    prepared = data.load(tokens)
+    rows: data.Rows = getattr(prepared, split)
+    base = models.base(model, config.quant_type, config.compute_dtype, config.double_quant)
+    device = base.model.device
+    # A new adapter adds nothing to the base.
+    worker = Adapter(config, models.targets(base.layers, model, config.target_modules), device, base.model.dtype)
+    if adapter is not None:
+        set_weights(worker, load(adapter))
+    base.seat(worker)
+    try:
+        found = None
+        if loss:
+            at_once = EVALUATION_TOKENS[device.type] >> halvings
+            found = mean_loss(
+                rows, at_once, lambda some: base.losses([Work(worker, some, None)], prepared.pad_token_id)[0]
+            )
+        if not completions:
+            return Scored(len(rows), found)
+        tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
+        pairs = data.with_answers(rows)
+        longest = max(len(reference) for _, reference in pairs)
+        ends = base.ends() | {tokenizer.eos_token_id}
+        lengths = np.array([len(prompt) + longest for prompt, _ in pairs])
+        written: dict[int, list[int]] = {}
+        for numbers in rows_of_evaluation(lengths, SCORED_AT_ONCE[device.type] >> halvings):
+            some = [pairs[number][0] for number in numbers]
+            continued = base.continuations(worker, some, prepared.pad_token_id, ends, longest)
+            written |= dict(zip(numbers.tolist(), continued, strict=True))
+    finally:
+        base.dismiss(worker)
+
+    def texts(ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        return tuple(tokenizer.batch_decode([list(each) for each in ids], skip_special_tokens=True))
+
+    prompts, references = zip(*pairs, strict=True)
+    return Scored(len(rows), found, texts(prompts), texts(references), texts([written[i] for i in range(len(pairs))]))
+
+
+def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Tensor]) -> float:
+    """Mean cross-entropy per supervised token, nats. `losses` gives that of every label of some rows, which have at
+    most so many tokens with padding."""
+    total, labels = 0.0, 0
+    with torch.no_grad():
+        for numbers in rows_of_evaluation(np.diff(rows.offsets), tokens):
+            found = losses([rows[int(number)] for number in numbers])
+            total += float(found.sum())
+            labels += len(found)
+    return total / labels

@@ -67,7 +67,7 @@ def show(
     for entry in entries:
         if entry.state is TrialState.FAIL:
             console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
-    for line in conclusion(ledger):
+    for line in [*conclusion(ledger), *scoring.trouble(ledger)]:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
     if prices:

@@ -466,8 +466,9 @@ def _pushing(
 def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, place: Place, listener: Listener) -> None:
     try:
         view = workspace.make(tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space)
-    except (sync.Refused, sync.Failed) as error:
-        listener.note(f"W&B has no view of the sweep ({error}); make it with: python -m sweep workspace {place.url}")
+    except Exception as error:  # noqa: BLE001 - of wandb's core process, too; it is told, and the search is done
+        told = error if isinstance(error, sync.Refused | sync.Failed) else f"{type(error).__name__}: {error}"
+        listener.note(f"W&B has no view of the sweep ({told}); make it with: python -m sweep workspace {place.url}")
     else:
         listener.note(f"The runs are laid out at {view.url}")
 

@@ -58,14 +58,20 @@ def lines(ledger: Ledger) -> list[str]:
         told.append(f"{'loss':{width}} {found.loss:.4f}  (base {found.base_loss:.4f})")
     for name, value in values.items():
         told.append(f"{name:{width}} {value:.5g}" + (f"  (base {base[name]:.5g})" if name in base else ""))
-    if found.trouble:
-        told.append(f"metric {found.metric}: {found.trouble}; mend it and run the sweep again, it is computed anew")
     earlier = {each.trial for each in _recorded(ledger)[:-1] if each.loss is not None} - {found.trial}
     if earlier:
         told.append(
             f"The test set was scored before, with winners of that time: {', '.join(map(str, sorted(earlier)))}"
         )
     return told
+
+
+def trouble(ledger: Ledger) -> list[str]:
+    """Why the metric gave nothing, if so. Not for others to read: what it raised may name files of this machine."""
+    found = scores(ledger)
+    if found is None or found.trouble is None:
+        return []
+    return [f"metric {found.metric}: {found.trouble}; mend it and run the sweep again, it is computed anew"]
 
 
 def find_metric(name: str) -> Metric:

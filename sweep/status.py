@@ -156,7 +156,8 @@ def show(console: Console, status: Status) -> None:
     ahead = status.forecast
     if entries:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
-    for line in [*report.conclusion(status.ledger), *machine(status.memory, status.gpu_load)]:
+    machines = machine(status.memory, status.gpu_load)
+    for line in [*report.conclusion(status.ledger), *scoring.trouble(status.ledger), *machines]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""

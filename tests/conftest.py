@@ -16,8 +16,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers, and the sweeps that 
 
 def pytest_collection_modifyitems(items):
     """Files of long tests first, so that no worker is left with them when the others are done."""
-    long = ("tiny_sweep", "qlora_sft", "faults", "sync", "tracking", "run")
-    items.sort(key=lambda item: next((place for place, name in enumerate(long) if name in str(item.path)), len(long)))
+    long = "packing kills object_store run tiny_sweep sync signals damage qlora_sft plan secrets starter packed"
+    long += " verification requests nodes earlier api status tracking"
+    place = {f"test_{name}.py": number for number, name in enumerate(long.split())}
+    items.sort(key=lambda item: place.get(item.path.name, len(long)))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """optuna-dashboard on the ledger of a sweep: it sees what is written meanwhile, and writes nothing."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -105,11 +104,14 @@ def test_nothing_that_it_is_asked_for_writes(sweep, tmp_path, database):
 def test_as_a_command(sweep):
     command = [sys.executable, "-m", "sweep", "dashboard", str(sweep), "--port", "0"]
     with subprocess.Popen(command, env=sweeps.environment(), stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        assert line.endswith(f" shows {sweep}. Ctrl-C ends it.\n")
-        assert b"toy" in get(f"{line.split()[0]}/api/studies")
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        try:
+            line = process.stdout.readline()
+            assert line.endswith(f" shows {sweep}. Ctrl-C ends it.\n")
+            assert b"toy" in get(f"{line.split()[0]}/api/studies")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_what_cannot_be_served(sweep, tmp_path, monkeypatch):

@@ -291,7 +291,7 @@ def test_a_sweep_that_runs(space):
     """
     directory = space.parent / "sweeps/toy"
     options = ("--set", "tracking.mode=offline", "--set", "search.trials=3", "--set", "early_stopping=false")
-    process = sweeps.start(space, *options, TOY_STEP_SECONDS="0.1")
+    process = sweeps.start(space, *options, TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 3, process)  # the base, and two of trial 0
     code, told = verb("stop", directory, "--trial", 0)
     assert (code, told) == (0, "Trial 0 is stopped (stopped by hand).\n")
@@ -318,7 +318,7 @@ def test_a_sweep_that_runs(space):
         pass
     assert entries[0].losses == {each.evaluation: each.loss for each in undisturbed.evaluations}
     assert entries[0].cost.steps >= 60
-    assert entries[2].config == QLoRAConfig(r=8, alpha=8, learning_rate=1e-3)
+    assert QLoRAConfig(r=8, alpha=8, learning_rate=1e-3) in [entry.config for entry in entries[1:]]
     fragments = sorted(directory.glob("wandb/*run-*/run-*-000.wandb"))
     steps = [row["train/global_step"] for fragment in fragments for row in history(fragment) if "train/loss" in row]
     assert steps == list(range(1, 61))

@@ -45,8 +45,9 @@ def test_best_is_the_best_checkpoint(undisturbed):
     assert found.loss == winner.best[1]
 
 
-def test_running_again_changes_nothing_and_more_trials_extend(undisturbed):
-    space, _, entries = undisturbed
+def test_running_again_changes_nothing_and_more_trials_extend(undisturbed, space):
+    file, _, entries = undisturbed
+    shutil.copytree(file.parent / "sweeps", space.parent / "sweeps")
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Nothing is left to do: 8 trials are done, 8 are asked for." in again.stdout

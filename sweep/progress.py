@@ -147,9 +147,10 @@ class Progress:
 
     def table(self) -> Group:
         """How far the sweep is, above the trials; the best so far and the load of the machine below."""
-        now, entries = time.monotonic(), sorted(self._entries.values(), key=lambda entry: entry.number)
+        now, entries = time.monotonic(), sorted(list(self._entries.values()), key=lambda entry: entry.number)
         done = sum(entry.state is not TrialState.RUNNING for entry in entries)
-        since = {number: now - row.since for number, row in self._rows.items() if row.since is not None}
+        rows = dict(self._rows)  # which the driver's thread goes on changing
+        since = {number: now - row.since for number, row in rows.items() if row.since is not None}
         ahead = forecast(entries, self.trials, self.evaluations, self.rule, since)
         head = Table.grid(padding=(0, 1))
         head.add_row(
@@ -157,9 +158,9 @@ class Progress:
             f"{ahead.share:.0%}, {done} of {self.trials} trials done in {duration(now - self._began)},"
             f" time left {duration(ahead.seconds)}",
         )
-        speeds = {number: row.tokens_per_second for number, row in self._rows.items()}
-        loads = [row.gpu_load for row in self._rows.values() if row.gpu_load is not None]
-        memory = max((row.peak_memory for row in self._rows.values()), default=0)
+        speeds = {number: row.tokens_per_second for number, row in rows.items()}
+        loads = [row.gpu_load for row in rows.values() if row.gpu_load is not None]
+        memory = max((row.peak_memory for row in rows.values()), default=0)
         return Group(
             head,
             overview(entries, self.searched, self.evaluations, speeds, ahead.of_trial),

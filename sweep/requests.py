@@ -6,10 +6,12 @@ finds the file, and sees from the ledger what is done: a request is acted on onc
 """
 
 import json
+import math
 import secrets
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,12 +71,11 @@ def waiting(place: Place, warn: Callable[[str], object] = lambda told: None) -> 
     """Requests that nobody has acted on yet, oldest first; `warn` is told of files that are none."""
     found = []
     for file in place.files(place.paths.requests):
-        text = place.text(file)
-        if text is not None:  # else it was acted on in this moment
-            try:
+        try:
+            if (text := place.text(file)) is not None:  # else it was acted on in this moment
                 found.append(TypeAdapter(Request).validate_json(text))
-            except ValidationError:
-                warn(f"{file} is no request; it is left alone")
+        except (OSError, UnicodeDecodeError, ValidationError):
+            warn(f"{file} is no request, or cannot be read; it is left alone")
     return found
 
 
@@ -118,14 +119,16 @@ class Requests:
         place: Place,
         space: Space,
         *,
+        since: int,
         holds: Callable[[], bool],
         drain: Drain,
         listener: "Listener",
     ) -> None:
-        """`holds`: whether the sweep is still this driver's."""
+        """`since`: when this driver took the sweep over, ns since 1970. `holds`: whether it is still this driver's."""
         self._ledger = ledger
         self._place = place
         self._space = space
+        self._since = since
         self._holds = holds
         self._drain = drain
         self._listener = listener
@@ -134,16 +137,24 @@ class Requests:
         """Called with trials that are to go on."""
         self.to_stop: set[int] = set()
         """Trials that end with the next slice of their process."""
-        self.search_is_over = False
-        """From then on a pause alone is acted on: all else is of the search, and waits for the next run."""
+        self._honoured: Collection[Verb] = ALLOWED
 
     def begin(self) -> None:
         """Act on what was asked for while no driver was there, before any trial is handed out."""
         for request in waiting(self._place, self._listener.note):
-            if request.verb == "pause":
+            if request.verb == "pause" and int(request.name.partition("-")[0]) < self._since:
                 self._answer(request, "no driver was there any more")
             else:
                 self._act(request, ())
+
+    def end_search(self) -> None:
+        """Answer for the trials that were stopped. From now on a pause alone is acted on: all else is of the search,
+        and waits for the next run."""
+        self._honoured = {"stop"}
+        self._looked = -math.inf
+        self.look(())
+        self.to_stop.clear()
+        self._honoured = {"pause"}
 
     def look(self, active: Collection[int]) -> None:
         """Act on what is there. `active` are the trials that have a process, or get one."""
@@ -152,26 +163,35 @@ class Requests:
             return
         self._looked = now
         try:
-            for request in waiting(self._place, self._listener.note):
-                if not self._holds():
-                    return
-                if request.verb == "pause" or not self.search_is_over:
-                    self._act(request, active)
+            found = [request for request in waiting(self._place, self._listener.note) if request.verb in self._honoured]
+            if not found or not self._holds():
+                return
         except OSError:  # the store does not answer: it is asked again
             return
+        try:
+            for request in found:
+                if not self._drain():  # a pause came before
+                    self._act(request, active)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._drain.request("breakdown", f"The ledger cannot be written ({type(error).__name__}: {error})")
+
+    def drained(self) -> bool:
+        """Whether the sweep drains, for those who wait for something else than trials; what is asked for meanwhile is
+        acted on."""
+        self.look(())
+        return self._drain()
 
     def _act(self, request: Request, active: Collection[int]) -> None:
         number = -1 if request.trial is None else request.trial
         if request.name in {answer["name"] for answer in self._ledger.noted(ANSWERED) or ()}:
-            self._place.delete(self._place.paths.request(request.name))
+            self._delete(request)
         elif (why := obstacle(request, self._ledger, self._space)) is not None:
             self.to_stop.discard(number)
             self._answer(request, why)
         elif request.verb == "stop" and number in active:
             self.to_stop.add(number)  # answered when it has ended
         elif request.verb == "stop":
+            self.to_stop.discard(number)  # its process was lost before it could
             self._ledger.stop(number, BY_HAND)
             self._listener.ended(self._ledger.entry(number))
             self._answer(request, f"trial {number} is {_state(self._ledger.entry(number))}")
@@ -192,8 +212,12 @@ class Requests:
         """Write to the ledger what came of a request, with `params` to be tried, and delete its file."""
         answers = self._ledger.noted(ANSWERED) or []
         self._ledger.note(ANSWERED, [*answers, {**asdict(request), "outcome": outcome, "params": params}])
-        self._place.delete(self._place.paths.request(request.name))
+        self._delete(request)
         self._listener.note(f"Asked for was {request}: {outcome}")
+
+    def _delete(self, request: Request) -> None:
+        with suppress(OSError):  # the store does not answer: it is deleted with the next look
+            self._place.delete(self._place.paths.request(request.name))
 
 
 def ask(

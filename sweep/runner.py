@@ -156,13 +156,17 @@ def run(
     winner = None
     farewell = f"Preempted. The same command goes on: {again}"
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
+        since = time.time_ns()
         place.pull_file(paths.spec)
         _same_as_recorded(spec, paths)
         recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
         listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
-        with _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side:
+        with (
+            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
+            draining_after(drain, spec.budget.hours),
+        ):
             bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
             layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
             if spec.model is not None and (bf16 or layers):
@@ -175,7 +179,9 @@ def run(
                 place.push(Path(job.tokens))
             if ledger.noted(COMMAND) != again:
                 ledger.note(COMMAND, again)
-            requests = Requests(ledger, place, spec.space, holds=lease.holds, drain=drain, listener=listener)
+            requests = Requests(
+                ledger, place, spec.space, since=since, holds=lease.holds, drain=drain, listener=listener
+            )
             requests.begin()
             first = first_params(spec.space, spec.search.first)
             if not first:
@@ -202,17 +208,16 @@ def run(
                 tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
                 return export.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
 
-            with draining_after(drain, spec.budget.hours):
-                keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
-                exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep)
-                if drain.cause not in ("signal", "breakdown"):
-                    winner = export_best()
-                requests.search_is_over = True
-                if spec.verify is not None and winner is not None and not drain():
-                    _verify(spec, spec.verify, ledger, place, tracked, listener, train)
+            keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
+            exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep)
+            if drain.cause not in ("signal", "breakdown"):
+                winner = export_best()
+            requests.end_search()
+            if spec.verify is not None and winner is not None and not drain():
+                _verify(spec, spec.verify, ledger, place, tracked, listener, train)
             if winner is not None and not drain():
-                scored = _score(spec, ledger, place, winner, job, metric, drain, listener)
-                if scored or spec.verify is not None:
+                scored = _score(spec, ledger, place, winner, job, metric, requests.drained, listener)
+                if (scored or spec.verify is not None) and not drain():
                     winner = export_best()  # once more: the model card tells of it
     seconds = time.monotonic() - began
     kept_offline = tracking.kept_offline(tracked.directory)
@@ -265,7 +270,7 @@ def _score(
     winner: Entry,
     job: Job,
     metric: tuple[str, scoring.Metric] | None,
-    drain: Drain,
+    drained: Callable[[], bool],
     listener: Listener,
 ) -> bool:
     """Score the winner and the base on what they have not been scored on; whether there was something."""
@@ -282,7 +287,7 @@ def _score(
         "validation" if spec.data.test is None else "test",
         metric,
         {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus},
-        drain,
+        drained,
         listener.note,
     )
 
@@ -324,14 +329,15 @@ def _train(
     unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
     left = unfinished + max(0, spec.search.trials - len(entries))
     if _may_pack(place, address):
-        slots, measuring = packing.slots(spec, job, search, left, side_by_side, drain, listener.note)
+        slots, measuring = packing.slots(spec, job, search, left, side_by_side, requests.drained, listener.note)
     else:
         slots, measuring = 1, None
         if spec.packing == "auto" and spec.trainable != "toy":
             listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
     most = sum(side_by_side) * slots
     limit = min(most, spec.resources.concurrency or most)
-    ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
+    if left:
+        ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
     engines = None
     if slots > 1 and left:
         wanted = min(sum(side_by_side), -(-min(limit, left) // slots))

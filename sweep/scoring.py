@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sweep.place import Place
-from sweep.preemption import Drain
 from sweep.study import Entry, Ledger
 from trainables.protocol import Scored
 
@@ -58,7 +57,8 @@ def lines(ledger: Ledger) -> list[str]:
         told.append(f"{'loss':{width}} {found.loss:.4f}  (base {found.base_loss:.4f})")
     for name, value in values.items():
         told.append(f"{name:{width}} {value:.5g}" + (f"  (base {base[name]:.5g})" if name in base else ""))
-    earlier = {each.trial for each in _recorded(ledger)[:-1] if each.loss is not None} - {found.trial}
+    before = [each for each in _recorded(ledger)[:-1] if each.loss is not None]
+    earlier = {each.trial for each in before if (each.trial, each.step) != (found.trial, found.step)}
     if earlier:
         told.append(
             f"The test set was scored before, with winners of that time: {', '.join(map(str, sorted(earlier)))}"
@@ -118,7 +118,7 @@ def score_winner(
     split: Literal["test", "validation"],
     metric: tuple[str, Metric] | None,
     resources: Mapping[str, float],
-    drain: Drain,
+    drained: Callable[[], bool],
     note: Callable[[str], object],
 ) -> bool:
     """Score what is in best/, the checkpoint of the `winner` after `step`, and the base, and write it to the ledger.
@@ -165,10 +165,12 @@ def score_winner(
         # The base beside it, where there is room.
         asked = [options.remote(adapter.read_bytes()), options.remote(None)]
         while len(ray.wait(asked, num_returns=2, timeout=0.2)[0]) < 2:
-            if drain():
+            if drained():
+                for each in asked:
+                    ray.cancel(each, force=True)
                 return False
         adapted, base = ray.get(asked)
-    except (RayError, OSError) as error:
+    except (RayError, OSError, ValueError) as error:  # the last of a store
         cause = error.cause if isinstance(error, RayTaskError) else error
         why = f"{type(cause).__name__}: {cause}".splitlines()[0]
         note(f"The winner could not be scored ({why}); the command that runs the sweep tries again")

@@ -116,7 +116,8 @@ def rerun_spec(found: Status, trial: int, overrides: Sequence[str] = (), ledger:
     """
     entry = next((entry for entry in found.entries if entry.number == trial), None)
     if entry is None:
-        raise NoSweep(f"there is no trial {trial}; {found.place.url} has {len(found.entries)}, from 0 on")
+        numbers = ", ".join(str(entry.number) for entry in found.entries) or "none"
+        raise NoSweep(f"there is no trial {trial}; {found.place.url} has {numbers}")
     recorded = found.spec
     values = {
         "name": f"{recorded.name}-rerun-{trial:03d}",

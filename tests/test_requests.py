@@ -50,7 +50,8 @@ def ask(ledger, spec):
 def driver(sweep, ledger, put_back=None):
     told = SimpleNamespace(note=lambda line: None, ended=lambda entry: None)
     spec = specs.load(sweep / "space.yaml")
-    ours = Requests(ledger, Place(str(sweep)), spec.space, holds=lambda: True, drain=Drain(), listener=told)
+    place = Place(str(sweep))
+    ours = Requests(ledger, place, spec.space, since=2, holds=lambda: True, drain=Drain(), listener=told)
     ours.put_back = put_back or ours.put_back
     ours.begin()
     return ours
@@ -95,7 +96,7 @@ def test_the_next_run_honours_what_was_asked_for_meanwhile(sweep):
 def test_while_the_winner_is_verified_a_pause_alone_is_acted_on(sweep, monkeypatch):
     ledger = reopened(sweep)
     ours = driver(sweep, ledger)
-    ours.search_is_over = True
+    ours.end_search()
     for words in (("revive", sweep, "--trial", 1), ("enqueue", sweep, "r=8", "alpha=16")):
         assert verb(*words)[0] == 0
     place = Place(str(sweep))
@@ -223,6 +224,24 @@ def test_a_trial_with_a_process_ends_with_its_next_slice(sweep):
     assert ledger.noted("requests")[-1]["outcome"] == "trial 2 is stopped (stopped by hand)"
 
 
+@pytest.mark.parametrize("process", ["ends", "is lost"])
+def test_nothing_is_left_of_a_stop_that_was_carried_out(sweep, process):
+    """Else it would end another trial of this number: one that is revived, or that verifies the winner."""
+    ledger = reopened(sweep)
+    ours = driver(sweep, ledger)
+    assert verb("stop", sweep, "--trial", 2)[0] == 0
+    ours.look({2})
+    assert ours.to_stop == {2}
+    if process == "ends":
+        ledger.stop(2, BY_HAND)
+        ours.end_search()
+    else:
+        ours.look(())
+    assert ours.to_stop == set()
+    assert waiting(Place(str(sweep))) == []
+    assert ledger.noted("requests")[-1]["outcome"] == "trial 2 is stopped (stopped by hand)"
+
+
 def test_a_revived_trial_is_handed_out_and_its_wandb_run_gets_another_end(sweep):
     ledger, back = reopened(sweep), []
     ours = driver(sweep, ledger, back.append)
@@ -274,13 +293,15 @@ def test_what_is_no_request_and_a_pause_that_came_too_late(sweep):
     """The first is left alone, the second does not end the next run."""
     (sweep / "requests").mkdir()
     (sweep / "requests/mine.json").write_text("{}")
+    (sweep / "requests/theirs.json").write_bytes(b"\xff")
+    (sweep / "requests/directory").mkdir()
     late = {"name": "1", "verb": "pause", "trial": None, "config": None}
     (sweep / "requests/1.json").write_text(json.dumps(late))
     ledger = reopened(sweep)
     ours = driver(sweep, ledger)
     ours.look(())
     assert not ours._drain()
-    assert [file.name for file in (sweep / "requests").iterdir()] == ["mine.json"]
+    assert {file.name for file in (sweep / "requests").iterdir()} == {"mine.json", "theirs.json", "directory"}
     assert ledger.noted("requests")[-1]["outcome"] == "no driver was there any more"
 
 

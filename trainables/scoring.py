@@ -56,7 +56,7 @@ def score(
         tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
         pairs = data.with_answers(rows)
         longest = max(len(reference) for _, reference in pairs)
-        ends = base.ends() | {tokenizer.eos_token_id}
+        ends = base.ends() | ({tokenizer.eos_token_id} - {None})
         lengths = np.array([len(prompt) + longest for prompt, _ in pairs])
         written: dict[int, list[int]] = {}
         for numbers in rows_of_evaluation(lengths, SCORED_AT_ONCE[device.type] >> halvings):

@@ -9,9 +9,11 @@ import pytest
 from tests import nodes, sweeps
 
 
-@pytest.fixture
-def killed(space):
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
     """A sweep that was killed in its first trial, after three evaluations; its YAML file."""
+    space = tmp_path_factory.mktemp("killed") / "toy.yaml"
+    space.write_text(sweeps.TOY)
     process = sweeps.start(space, TOY_STEP_SECONDS="0.05")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 4, process)
     trials = nodes.trial_processes(psutil.Process(process.pid).children(recursive=True))
@@ -19,6 +21,13 @@ def killed(space):
     process.wait()
     assert not psutil.wait_procs(trials, timeout=30)[1]  # they may write until they see that the driver is gone
     return space
+
+
+@pytest.fixture
+def killed(kept, tmp_path):
+    """A copy of it."""
+    shutil.copytree(kept.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / kept.name
 
 
 @pytest.mark.parametrize("file", ["state.json", "manifest.json"])

@@ -43,11 +43,14 @@ def test_a_lost_process_is_no_fault_of_the_configuration(undisturbed, space):
 
 
 def test_processes_that_die_in_a_row_end_the_sweep_in_a_resumable_state(undisturbed, space):
+    """Every second death at the same place is taken for the machine's memory: the trial gets a smaller micro-batch."""
     _, _, expected = undisturbed
     broken = sweeps.run(space, TOY_FAULT="exit:1")
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert "5 trials in a row broke down" in broken.stdout
-    assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
+    assert "trial   0 lost its process 2 times at the same place: it goes on with a micro-batch of 4" in broken.stdout
+    (entry,) = sweeps.entries(space)
+    assert (entry.state, entry.deaths, entry.halvings) == (TrialState.RUNNING, (0,) * 5, 2)
     done = sweeps.run(space)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
@@ -132,14 +135,14 @@ def test_a_killed_trial_goes_on(undisturbed, space):
 def test_a_process_that_was_replaced_ends_and_writes_nothing(undisturbed, space):
     """The driver gave its trial to another one, as when a broken network hid it: the attempt's mark is not its own."""
     _, _, expected = undisturbed
-    process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
+    process = sweeps.start(space, "--set", "search.trials=1", TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
     (space.parent / "sweeps/toy/trials/000/attempt.txt").write_text("another attempt")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "trial   0 lost its process" in output
     entries = sweeps.entries(space)
-    assert sweeps.history(entries) == sweeps.history(expected)
+    assert sweeps.history(entries) == sweeps.history(expected[:1])
     assert len(entries[0].deaths) == 1
 
 
@@ -175,19 +178,11 @@ def test_out_of_memory_halves_the_micro_batch(undisturbed, space):
 
 
 def test_a_configuration_that_never_fits_has_failed(space):
-    done = sweeps.run(space, "--set", "search.trials=2", TOY_ROWS="0")
+    done = sweeps.run(space, "--set", "search.trials=1", TOY_ROWS="0")
     assert done.returncode == 1, done.stdout + done.stderr
-    for entry in sweeps.entries(space):
-        assert entry.state is TrialState.FAIL
-        assert entry.reason.startswith("out of memory with a micro-batch of 1")
-
-
-def test_a_process_that_dies_twice_gets_a_smaller_micro_batch(space):
-    broken = sweeps.run(space, TOY_FAULT="exit:1")
-    assert broken.returncode == 1, broken.stdout + broken.stderr
     (entry,) = sweeps.entries(space)
-    assert (entry.deaths, entry.halvings) == ((0,) * 5, 2)
-    assert "trial   0 lost its process 2 times at the same place: it goes on with a micro-batch of 4" in broken.stdout
+    assert entry.state is TrialState.FAIL
+    assert entry.reason.startswith("out of memory with a micro-batch of 1")
 
 
 @contextmanager

@@ -4,14 +4,14 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from sweep import cli
 from sweep.place import Place
 from sweep.progress import sparkline
 from sweep.spec import load
@@ -21,14 +21,8 @@ from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost
 
 
-def status(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sweep", "status", str(directory), *options],
-        env=sweeps.environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def status(directory: Path, *options: str) -> Result:
+    return CliRunner().invoke(cli.app, ["status", str(directory), *options], env={"COLUMNS": "160"})
 
 
 def of_tomorrow(ledger: Path) -> None:
@@ -38,22 +32,22 @@ def of_tomorrow(ledger: Path) -> None:
 
 
 def test_while_it_runs_and_when_it_has_ended(space):
-    process = sweeps.start(space, "--set", "search.trials=60", "--set", "early_stopping=false")
+    process = sweeps.start(space, "--set", "search.trials=12", "--set", "early_stopping=false")
     directory = space.parent / "sweeps/toy"
     sweeps.wait_until(lambda: sweeps.reported(space) >= 1, process)
     seen = [status(directory) for _ in range(2)]  # each of them must leave the driver alone
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     for shown in seen:
-        assert shown.returncode == 0, shown.stderr
+        assert shown.exit_code == 0, shown.stderr
         assert re.search(rf"^Sweep toy in .*, running in process {process.pid} on ", shown.stdout)
 
     told = status(directory)
     assert told.stdout.startswith(f"Sweep toy in {directory}, not running\n")
-    assert "60 of 60 trials are done" in told.stdout
+    assert "12 of 12 trials are done" in told.stdout
     told = json.loads(status(directory, "--json").stdout)
     entries = sweeps.entries(space)
-    assert (told["driver"], told["asked_for"], told["evaluations"]) == (None, 60, 9)
+    assert (told["driver"], told["asked_for"], told["evaluations"]) == (None, 12, 9)
     assert [trial["config"] for trial in told["trials"]] == [entry.config.model_dump() for entry in entries]
     assert [trial["best_loss"] for trial in told["trials"]] == [entry.best[1] for entry in entries]
     assert min(trial["best_loss"] for trial in told["trials"]) == told["trials"][told["best_trial"]]["best_loss"]
@@ -88,7 +82,7 @@ def test_a_killed_sweep_is_unfinished(space):
     process.kill()
     process.wait()
     told = status(space.parent / "sweeps/toy")
-    assert told.returncode == 0, told.stderr
+    assert told.exit_code == 0, told.stderr
     assert "not running" in told.stdout
     assert "unfinished" in told.stdout
 
@@ -110,7 +104,7 @@ def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
     shutil.copytree(undisturbed[0].parent / "sweeps/toy", sweep)
     damage(sweep)
     told = status(sweep)
-    assert told.returncode == 2
+    assert told.exit_code == 2
     assert told.stdout == ""
     assert message in told.stderr
     assert "Traceback" not in told.stderr
@@ -118,7 +112,7 @@ def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
 
 def test_asking_makes_no_database(undisturbed, tmp_path):
     told = status(undisturbed[0].parent / "sweeps/toy", "--ledger", f"sqlite:///{tmp_path}/typo.db")
-    assert told.returncode == 2
+    assert told.exit_code == 2
     assert "there is no file" in told.stderr
     assert list(tmp_path.iterdir()) == []
 

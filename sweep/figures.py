@@ -54,8 +54,9 @@ def slices(study: optuna.Study, target: str) -> dict[str, go.Figure]:
 
 
 def importances(study: optuna.Study, found: Mapping[str, tuple[float, float, float]]) -> go.Figure:
-    """`found` is mean and two percentiles of each parameter (`findings.importance`)."""
-    figure = visualization.plot_param_importances(study, evaluator=_Known({n: mean for n, (mean, *_) in found.items()}))
+    """`found` is median and two percentiles of each parameter (`findings.importance`)."""
+    medians = {name: median for name, (median, *_) in found.items()}
+    figure = visualization.plot_param_importances(study, evaluator=_Known(medians))
     names = figure.data[0].y
     figure.update_traces(
         error_x={

@@ -5,7 +5,7 @@ import random
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,8 @@ from sweep.tracking import EVALUATION, STEP, Row
 MATTERS = 0.01
 """Share of a loss. A change of one trial's loss that is smaller is not told from chance, and no verdict rests on it."""
 CHEAPER = 0.1
-"""Share of time or memory. What two equal trials on a busy machine differ by is less."""
+"""Share of the time of a token. A smaller difference is no reason to take another trial. A larger one may still be that
+of a machine that was busy for a while: two trials of the demo that differ in nothing that costs time are 31 % apart."""
 LISTED = 8
 """So many values of a number are shown one by one, more on an axis."""
 ENOUGH = 10
@@ -36,6 +37,11 @@ def best_loss(entry: Entry) -> float:
     """Of a trial that has a validation loss."""
     assert entry.best is not None
     return entry.best[1]
+
+
+def complete(entries: Sequence[Entry]) -> list[Entry]:
+    """Trials that used their whole budget, best first."""
+    return [entry for entry in ranking(entries) if entry.state is TrialState.COMPLETE]
 
 
 def common_evaluation(entries: Sequence[Entry]) -> int | None:
@@ -91,14 +97,16 @@ def derived(
 
 
 def importance(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
-    """Importance of each parameter of a derived study: mean, 10th and 90th percentile over resamples of its trials.
+    """Importance of each parameter of a derived study: median, 10th and 90th percentile over resamples of its trials.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255): how much the best quarter of the trials differ from all of them
-    in this parameter; together they are 1. The evaluator draws nothing at random, so its spread comes from the
-    bootstrap over trials (Efron 1979). Most important first; empty when there are fewer than `ENOUGH` trials.
+    in this parameter; in each resample together they are 1. The evaluator draws nothing at random, so its spread comes
+    from the bootstrap over trials (Efron 1979). Most important first; empty when there are fewer than `ENOUGH` trials,
+    or all have the same loss, of which Optuna would make equal shares. It advises 5 trials among the best; a quarter of
+    `ENOUGH` is fewer, which the spread shows.
     """
     trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len(trials) < ENOUGH:
+    if len(trials) < ENOUGH or len({trial.value for trial in trials}) == 1:
         return {}
     draw = random.Random(0)
     shares: defaultdict[str, list[float]] = defaultdict(list)
@@ -110,9 +118,9 @@ def importance(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
             for name, share in optuna.importance.get_param_importances(resample, evaluator=evaluator).items():
                 shares[name].append(share)
-    spread = {name: statistics.quantiles(found, n=10) for name, found in shares.items()}
-    means = {name: statistics.fmean(found) for name, found in shares.items()}
-    return {name: (means[name], spread[name][0], spread[name][-1]) for name in sorted(means, key=lambda n: -means[n])}
+    deciles = {name: statistics.quantiles(found, n=10) for name, found in shares.items()}
+    spread = {name: (each[4], each[0], each[-1]) for name, each in deciles.items()}
+    return dict(sorted(spread.items(), key=lambda item: -item[1][0]))
 
 
 @dataclass(frozen=True)
@@ -123,32 +131,40 @@ class Noise:
     """Nats per token; None when it is not known."""
     because: str
     """How it is known, or why it is not, as a sentence."""
+    from_seeds: bool = False
+    """Whether it is measured. Else it is a yardstick."""
 
 
-def noise(entries: Sequence[Entry]) -> Noise:
-    """From trials that differ in their seed alone, where there are some: 1.96 x sqrt(2) standard deviations, which 95 %
-    of the differences of two such trials stay below. Else the smaller of the changes of the winner's loss between its
-    best evaluation and those beside it, unless it was still falling by more than `MATTERS` at the end.
+def noise(entries: Sequence[Entry], fresh: Sequence[Entry] = ()) -> Noise:
+    """From trials that differ in their seed alone, of the verification's (`fresh`) or else of the search's, where there
+    are some: what 95 % of the differences of two such trials stay below, when losses are normally distributed over
+    seeds: sqrt(2) standard deviations, times the quantile of Student's t (1908, Biometrika 6:1-25) for the trials that
+    the deviation comes from. Only whole runs count, so with early stopping those of the search are the luckier ones,
+    and lie closer together than all would.
+
+    Else the smaller of the changes of the winner's loss between its best evaluation and those beside it, unless it was
+    still falling by more than `MATTERS` at the end.
     """
-    complete = [entry for entry in ranking(entries) if entry.state is TrialState.COMPLETE]
-    by_seed: defaultdict[str, list[float]] = defaultdict(list)
-    for entry in complete:
-        by_seed[entry.config.model_copy(update={"seed": 0}).model_dump_json()].append(best_loss(entry))
-    repeated = [losses for losses in by_seed.values() if len(losses) > 1]
+    repeated = _repeated(fresh) or _repeated(entries)
     if repeated:
+        from scipy import stats
+
         squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in repeated for loss in losses)
         runs = sum(map(len, repeated))
-        deviation = math.sqrt(squares / (runs - len(repeated)))
+        freedom = runs - len(repeated)
+        deviation = math.sqrt(squares / freedom)
         return Noise(
-            1.96 * math.sqrt(2) * deviation,
+            float(stats.t.ppf(0.975, freedom)) * math.sqrt(2) * deviation,
             f"{runs} trials of {len(repeated)} configurations differ in their seed alone; the standard deviation of"
             f" their losses is {deviation:.4f}.",
+            from_seeds=True,
         )
     unknown = "How much the seed alone changes a loss is not known: no configuration was trained with two."
-    if not complete or complete[0].best is None:
+    whole = complete(entries)
+    if not whole or whole[0].best is None:
         return Noise(None, unknown)
-    number, best = complete[0].best
-    losses = complete[0].losses
+    number, best = whole[0].best
+    losses = whole[0].losses
     beside = {other: abs(losses[other] - best) for other in (number - 1, number + 1) if other > 0 and other in losses}
     if not beside:
         return Noise(None, f"{unknown} The winner has a single evaluation, which does not tell either.")
@@ -166,24 +182,33 @@ def noise(entries: Sequence[Entry]) -> Noise:
     )
 
 
-def cheaper(entries: Sequence[Entry], within: float) -> Entry | None:
-    """The quickest of the complete trials that are no more than `within` above the best one, and cost less.
+def pace(entry: Entry) -> float:
+    """Seconds that 1,000 tokens took in training and validation; not a number when none are on record.
 
-    One costs less when it took a tenth less time or memory than the best one, and not a tenth more of the other.
+    Unlike the seconds of a trial, and those of a step, it does not grow with steps that an interruption repeated, nor
+    for the trial that also scored the base.
     """
-    complete = [entry for entry in ranking(entries) if entry.state is TrialState.COMPLETE]
-    if not complete:
-        return None
-    winner = complete[0]
+    return 1000 * entry.cost.seconds / entry.cost.tokens if entry.cost.tokens else math.nan
 
-    def costs_less(entry: Entry) -> bool:
-        pairs = [(entry.cost.seconds, winner.cost.seconds), (entry.cost.peak_memory, winner.cost.peak_memory)]
-        return any(mine < (1 - CHEAPER) * its for mine, its in pairs) and all(
-            mine <= (1 + CHEAPER) * its for mine, its in pairs
-        )
 
-    found = [entry for entry in complete[1:] if best_loss(entry) - best_loss(winner) <= within and costs_less(entry)]
-    return min(found, key=lambda entry: (entry.cost.seconds, entry.cost.peak_memory), default=None)
+def cheaper(entries: Sequence[Entry], within: float, worse: Collection[int] = ()) -> Entry | None:
+    """The quickest of the complete trials that are no more than `within` above the best one, and took a tenth less time
+    for the same work.
+
+    That is compared by token, and between trials of the same batch size, for others may have another number of tokens.
+    Memory is not: the peak of a process has all trials that it held in it, and the ledger does not tell how many these
+    were. `worse` are trials that do not count, for it is known that they are no better.
+    """
+    whole = complete(entries)
+    found = [
+        entry
+        for entry in whole[1:]
+        if entry.number not in worse
+        and best_loss(entry) - best_loss(whole[0]) <= within
+        and entry.config.batch_size == whole[0].config.batch_size
+        and pace(entry) < (1 - CHEAPER) * pace(whole[0])
+    ]
+    return min(found, key=pace, default=None)
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,21 @@ class Curve:
     """Mean training loss of the steps since the evaluation before, by evaluation; empty without rows."""
     points: Sequence[tuple[int, float]]
     """Step and training loss."""
+
+    @property
+    def turn(self) -> int:
+        """The evaluation with the lowest validation loss."""
+        return min(self.validation, key=lambda number: self.validation[number])
+
+    @property
+    def last(self) -> int:
+        """The newest evaluation."""
+        return max(self.validation)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the training losses are known that tell whether it overfitted."""
+        return self.turn in self.training and self.last in self.training
 
 
 def curve(entry: Entry, rows: Iterable[Row]) -> Curve:
@@ -223,12 +263,19 @@ def overfitted_from(curve: Curve) -> int | None:
     """The evaluation after which a trial learned its training rows by heart: that with the lowest validation loss, when
     by the last one the validation loss has risen by more than `MATTERS` and the training loss has fallen. None when it
     did not, or when nothing is known of its training."""
-    if not curve.validation:
+    if not curve.validation or not curve.tells:
         return None
-    turn, last = min(curve.validation, key=lambda number: curve.validation[number]), max(curve.validation)
+    turn, last = curve.turn, curve.last
     rose = curve.validation[last] > (1 + MATTERS) * curve.validation[turn]
-    known = turn in curve.training and last in curve.training
-    return turn if rose and known and curve.training[last] < curve.training[turn] else None
+    return turn if rose and curve.training[last] < curve.training[turn] else None
+
+
+def _repeated(entries: Sequence[Entry]) -> list[list[float]]:
+    """Best losses of complete trials that differ in their seed alone, a list for each configuration."""
+    by_seed: defaultdict[str, list[float]] = defaultdict(list)
+    for entry in complete(entries):
+        by_seed[entry.config.model_copy(update={"seed": 0}).model_dump_json()].append(best_loss(entry))
+    return [losses for losses in by_seed.values() if len(losses) > 1]
 
 
 def _axis(dimension: Dimension, values: Sequence[Any]) -> BaseDistribution:

@@ -1,11 +1,15 @@
 """report.html: what a sweep found, in one file that needs no network and nothing beside it."""
 
+import json
+import math
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
@@ -13,15 +17,17 @@ import plotly.graph_objects as go
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from sweep import figures, findings, report, tracking
+from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
-from sweep.spec import SweepSpec
-from sweep.status import Status, shown
+from sweep.spec import SweepSpec, dump
+from sweep.status import Status
 from sweep.study import STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
 
 CURVES = 12
 """Best trials that stand out among the curves, and whose training is shown."""
+REASON = 300
+"""Characters that are shown of why a trial ended."""
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -59,20 +65,23 @@ def write(status: Status) -> str:
             place.pull_log(directory / tracking.ROWS)
             rows[entry.number] = tracking.logged(directory)
         except (OSError, ValueError) as error:  # the others are shown all the same
-            notes.append(f"The rows of trial {entry.number:03d} cannot be read: {error}.")
+            why = str(error).replace(f"{place.paths.root}/", "")
+            notes.append(f"The rows of trial {entry.number:03d} cannot be read: {why}.")
     file = place.paths.report
-    unfinished = file.with_suffix(".tmp")
-    recorded = place.paths.spec.read_text(encoding="utf-8")  # which holds no password
-    unfinished.write_text(render(status, recorded, rows, notes), encoding="utf-8")
-    unfinished.rename(file)
+    with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:  # another may be made at the moment
+        unfinished = Path(scratch) / file.name
+        unfinished.write_text(render(status, rows, notes), encoding="utf-8")
+        unfinished.rename(file)
     place.push(file)
     return f"{place.url}/{file.name}"
 
 
-def render(status: Status, recorded: str, rows: Mapping[int, Sequence[Row]], notes: Sequence[str] = ()) -> str:
-    """The page. `recorded` is the spec as run, `rows` are what the best trials logged, `notes` what is to be said of
-    those."""
-    spec, entries = status.spec, status.entries
+def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[str] = ()) -> str:
+    """The page. `rows` are what the best trials logged, `notes` what is to be said of those.
+
+    It is made to be passed on: it names no process, path or address, but for what the reason of a failure quotes.
+    """
+    spec, entries, portable = status.spec, status.entries, _portable(status.spec)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=spec.name,
@@ -83,8 +92,8 @@ def render(status: Status, recorded: str, rows: Mapping[int, Sequence[Row]], not
         fixed={name: _value(one) for name, one in spec.space.plain().items() if name not in spec.space.searched},
         versions=status.ledger.noted("environment") or {},
         inputs=status.ledger.noted("inputs") or {},
-        commands=list(_commands(status)),
-        recorded=recorded,
+        commands=list(_commands(status, f"{portable.storage}/{portable.name}")),
+        portable=dump(portable),
         plotlyjs=get_plotlyjs(),
     )
 
@@ -95,68 +104,78 @@ def _standing(status: Status) -> str:
     asked, seconds = status.spec.search.trials, sum(entry.cost.seconds for entry in status.entries)
     took = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    who = f", while it runs in {status.driver}" if status.driver else ""
+    running = ", while it runs" if status.driver else ""
     trials = f"{len(status.entries)} of {asked} trials{f' ({each})' if each else ''}, {took} of training"
-    return f"{shown(status.place)} as of {now}{who}: {trials}."
+    return f"As of {now}{running}: {trials}."
 
 
 def _verdict(status: Status) -> Iterator[str]:
-    """Winner, base, default and what to train with, a sentence each."""
+    """Winner, base, default, what verification and test say of it, and what to train with, a sentence each."""
     spec, entries = status.spec, status.entries
     searched, ranked = spec.space.searched, ranking(entries)
-    if not ranked or ranked[0].best is None:
+    winner = next(iter(ranked), None)
+    if winner is None or winner.best is None:
         failed = sum(entry.state is TrialState.FAIL for entry in entries)
         yield "No trial has a validation loss yet." if entries else "No trial has been started yet."
         if failed:
             yield f"{failed} of {len(entries)} trials failed; the table below says why."
         return
-    winner = ranked[0]
-    evaluation, loss = ranked[0].best
+    evaluation, loss = winner.best
     so_far = " so far" if any(entry.state is TrialState.RUNNING for entry in entries) else ""
     yield (
         f"Trial {winner.number:03d} ({described(winner.config, searched)}) is the best{so_far}: validation loss"
         f" {loss:.4f} after evaluation {evaluation} of {spec.budget.evaluations}."
     )
-    if winner.state is TrialState.PRUNED:
-        yield "Early stopping ended it before the whole budget."
+    if early := report.cut_short(winner):
+        yield f"It did not use its whole budget{early}: {_reason(winner)}."
     if (base := report.base_loss(entries)) is not None:
         yield f"The base model without training has {base:.4f}."
     default = report.usual_default(entries)
     if default is None or default.best is None:
-        yield "The usual default (r 16, alpha 32, learning rate 2e-4) has no loss in this sweep to compare with."
+        yield f"The usual default ({report.USUAL_DEFAULT}) has no loss in this sweep to compare with."
     elif default is winner:
-        yield "It is the usual default (r 16, alpha 32, learning rate 2e-4): the search found nothing better."
+        yield f"It is the usual default ({report.USUAL_DEFAULT}): the search found nothing better."
     else:
-        yield (
-            f"The usual default (r 16, alpha 32, learning rate 2e-4; trial {default.number:03d}) has"
-            f" {default.best[1]:.4f}: the search gained {default.best[1] - loss:.4f}."
+        gained = (
+            f"the search gained {default.best[1] - loss:.4f}"
+            if report.both_whole(winner, default)
+            else "what the search gained is not known, for not both used their whole budget"
         )
-    yield from _cheaper(entries, searched)
+        yield (
+            f"The usual default ({report.USUAL_DEFAULT}; trial {default.number:03d}{report.cut_short(default)}) has"
+            f" {default.best[1]:.4f}: {gained}."
+        )
+    yield from report.checks(status.ledger)
+    yield from _cheaper(status)
 
 
-def _cheaper(entries: Sequence[Entry], searched: Sequence[str]) -> Iterator[str]:
+def _cheaper(status: Status) -> Iterator[str]:
     """Whether to train with a cheaper configuration than the best one."""
-    complete = [entry for entry in ranking(entries) if entry.state is TrialState.COMPLETE]
+    complete = findings.complete(status.entries)
     if len(complete) < 2:
         yield "Fewer than two trials have used their whole budget, so no cheaper one can be compared with it."
         return
     best = findings.best_loss(complete[0])
-    noise = findings.noise(entries)
+    fresh, verified = status.ledger.verification(), verification.result(status.ledger)
+    noise = findings.noise(status.entries, fresh.entries() if fresh else ())
     yield noise.because
     within = findings.MATTERS * best if noise.loss is None else noise.loss
-    found = findings.cheaper(entries, within)
+    worse = [each.trial for each in verified.configurations if each.verdict == "higher"] if verified else []
+    found = findings.cheaper(status.entries, within, worse)
     if found is None:
-        yield f"No complete trial within {within:.4f} of the best complete one takes less time or memory."
-        return
-    config, above = described(found.config, searched), findings.best_loss(found) - best
-    costs = f"at {_spent(found)} instead of {_spent(complete[0])}"
-    if noise.loss is None:
+        aside = ", leaving aside what verification found higher," if worse else ""
         yield (
-            f"Consider trial {found.number:03d} ({config}): its loss is {above:.4f} above the best complete one,"
-            f" {costs}. Whether that is noise only other seeds can tell."
+            f"No complete trial within {within:.4f} of the best complete one{aside} took a tenth less time for equal"
+            " work."
         )
+        return
+    trial = f"trial {found.number:03d} ({described(found.config, status.spec.space.searched)})"
+    above = f"{findings.best_loss(found) - best:.4f} above the best complete one"
+    costs = f"1,000 tokens took {findings.pace(found):.3g} s instead of {findings.pace(complete[0]):.3g} s"
+    if noise.from_seeds:
+        yield f"Prefer {trial}: {above} is noise, and {costs}."
     else:
-        yield f"Prefer trial {found.number:03d} ({config}): {above:.4f} above the best complete one is noise, {costs}."
+        yield f"Consider {trial}: its loss is {above}, and {costs}. Whether that is noise only other seeds can tell."
 
 
 def _what_mattered(status: Status) -> Iterator[Section]:
@@ -189,27 +208,43 @@ def _what_mattered(status: Status) -> Iterator[Section]:
         )
     ]
     if found:
-        (most, (mean, low, high)), *_ = found.items()
-        text.append(
-            f"{most} mattered most, with a share of {mean:.2f} ({low:.2f} to {high:.2f}) in what sets the best quarter"
-            " apart."
-        )
+        text.append(_most_important(found))
+        quarter = math.ceil(findings.BEST_SHARE * len(ranked))
         drawings.append(
             Drawing(
                 figures.importances(drawn, found),
-                f"Importance by PED-ANOVA, all parameters together are 1. Bars are means, whiskers span the middle 80 %"
-                f" of {findings.RESAMPLES} resamples of the trials: where they overlap, the order is not known.",
+                f"Importance by PED-ANOVA: what sets the best quarter apart, {quarter} of {len(ranked)} trials. Bars"
+                f" are medians, whiskers span the middle 80 % of {findings.RESAMPLES} resamples of the trials, in each"
+                " of which all parameters together are 1: where whiskers overlap, the order is not known.",
             )
         )
-    else:
+    elif len(ranked) < findings.ENOUGH:
         text.append(
             f"{len(ranked)} trials are too few to say how important each parameter is; it takes {findings.ENOUGH}."
         )
+    else:
+        text.append("All of them have the same loss, so no parameter can be said to have mattered.")
     drawings += [
         Drawing(figure, f"Trials by {name}, later ones darker.", wide=False)
         for name, figure in figures.slices(drawn, target).items()
     ]
     yield Section(title, text, drawings)
+
+
+def _most_important(found: Mapping[str, tuple[float, float, float]]) -> str:
+    """The parameter with the largest share, or that it is not known. `found` is that of `findings.importance`."""
+
+    def share(name: str) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(*found[name])
+
+    most, *others = found
+    rival = max(others, key=lambda name: found[name][2], default=None)  # whose whisker reaches highest
+    if rival is None or found[most][1] > found[rival][2]:
+        return f"{most} mattered most, with a share of {share(most)} in what sets the best quarter apart."
+    return (
+        f"Which parameter mattered most is not known: {most} has a share of {share(most)} in what sets the best quarter"
+        f" apart, {rival} of {share(rival)}, and these overlap."
+    )
 
 
 def _because_of(spec: SweepSpec) -> str:
@@ -244,10 +279,10 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
     if not curves:
         return
     turns = {number: findings.overfitted_from(curve) for number, curve in curves.items()}
-    known = [number for number, curve in curves.items() if curve.training]
+    known = [number for number, curve in curves.items() if curve.tells]
     overfitted = [f"{number:03d} from evaluation {turn} on" for number, turn in turns.items() if turn is not None]
     if not known:
-        text = "No training losses were recorded, as with tracking.mode: disabled, so nothing is said of overfitting."
+        text = "No training losses were recorded to tell overfitting by, as with tracking.mode: disabled."
     elif overfitted:
         text = f"{len(overfitted)} of {len(known)} trials overfitted: {', '.join(overfitted)}."
     else:
@@ -272,7 +307,7 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
 
 def _learned(curve: findings.Curve, turn: int | None, spec: SweepSpec) -> str:
     """The verdict on one trial."""
-    lowest, last = min(curve.validation, key=lambda number: curve.validation[number]), max(curve.validation)
+    lowest, last = curve.turn, curve.last
     rise = curve.validation[last] / curve.validation[lowest] - 1
     if turn is not None:
         steps = f"step {curve.steps[turn]}" if turn in curve.steps else ""
@@ -287,15 +322,18 @@ def _learned(curve: findings.Curve, turn: int | None, spec: SweepSpec) -> str:
         return "Not overfitted: the validation loss was lowest at the last evaluation."
     if rise <= findings.MATTERS:
         return f"Not overfitted: after evaluation {lowest} the validation loss rose by {rise:.1%} only."
-    if not curve.training:
-        return f"The validation loss rose by {rise:.1%} after evaluation {lowest}; its training losses are not known."
+    if not curve.tells:
+        return (
+            f"The validation loss rose by {rise:.1%} after evaluation {lowest}; whether it overfits is not known, for"
+            " its training losses are missing."
+        )
     return f"The validation loss rose by {rise:.1%} after evaluation {lowest}, and so did the training loss: unstable."
 
 
 def _search(entries: Sequence[Entry]) -> Iterator[Section]:
-    complete = _complete(entries)
+    complete = findings.complete(entries)
     if complete:
-        study = findings.derived(entries, {number: (loss,) for number, (_, loss) in complete.items()}, {})
+        study = findings.derived(entries, {entry.number: (findings.best_loss(entry),) for entry in complete}, {})
         yield Section(
             "How the search went",
             ["Points are trials that used their whole budget; time is that of all trials, one after the other."],
@@ -307,28 +345,27 @@ def _search(entries: Sequence[Entry]) -> Iterator[Section]:
 
 
 def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
-    complete = _complete(entries)
+    complete = findings.complete(entries)
     costs: dict[str, Callable[[Entry], float]] = {
         "minutes of training": lambda entry: entry.cost.seconds / 60,
         "peak memory, GB": lambda entry: entry.cost.peak_memory / 1e9,
     }
     drawings = []
     for name, cost in costs.items():
-        values = {number: (cost(entry), loss) for number, (entry, loss) in complete.items() if cost(entry) > 0}
+        values = {entry.number: (cost(entry), findings.best_loss(entry)) for entry in complete if cost(entry) > 0}
         if values:
             figure = figures.loss_by_cost(findings.derived(entries, values, {}), name)
             drawings.append(Drawing(figure, wide=False))
     text = (
-        ["Of the trials that used their whole budget. Red is where no other one is both better and cheaper."]
+        [
+            "Of the trials that used their whole budget. Red is where no other one is both better and cheaper.",
+            "Both as they were: time on a machine that may have had other work, steps that an interruption repeated"
+            " counted again; memory of the process, with all trials that it held.",
+        ]
         if drawings
         else ["No trial that used its whole budget has a time or memory on record."]
     )
     yield Section("What it cost", text, drawings)
-
-
-def _complete(entries: Sequence[Entry]) -> dict[int, tuple[Entry, float]]:
-    """Trials that used their whole budget, with their best loss, by number."""
-    return {e.number: (e, findings.best_loss(e)) for e in entries if e.state is TrialState.COMPLETE and e.best}
 
 
 def _table(status: Status) -> dict[str, Any]:
@@ -355,7 +392,7 @@ def _table(status: Status) -> dict[str, Any]:
                 f"{entry.cost.tokens:,}",
                 f"{entry.cost.peak_memory / 1e9:.2f}" if entry.cost.peak_memory else "-",
                 _ended_as(entry, status),
-                entry.reason or ("trained to its end" if entry.state is TrialState.COMPLETE else ""),
+                _reason(entry) or ("trained to its end" if entry.state is TrialState.COMPLETE else ""),
                 _accidents(entry),
             ]
         )
@@ -376,20 +413,38 @@ def _accidents(entry: Entry) -> str:
     return ", ".join(f"{what} {count}x" for what, count in counts.items() if count)
 
 
-def _commands(status: Status) -> Iterator[str]:
-    versions = status.ledger.noted("environment") or {}
-    if versions.get("git commit", "none") != "none":
-        yield f"git checkout {versions['git commit']}"
-    packages = [f"{name}=={version}" for name, version in versions.items() if name not in ("git commit", "qlora-sweep")]
+def _reason(entry: Entry) -> str:
+    return textwrap.shorten(entry.reason or "", REASON, placeholder=" …")
+
+
+def _commands(status: Status, directory: str) -> Iterator[str]:
+    """What repeats the sweep, in a `directory` of its own, and its winner."""
+    versions, quoted = status.ledger.noted("environment") or {}, shlex.quote(directory)
+    packages = [  # a local version, such as torch's +cpu, is in no index
+        f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "git commit"
+    ]
     if packages:
         yield f"python -m pip install {' '.join(packages)}"
     yield "python -m sweep run space.yaml"
-    yield f"python -m sweep export {shlex.quote(shown(status.place))}"
+    for winner in ranking(status.entries)[:1]:
+        yield f"python -m sweep rerun {quoted} --trial {winner.number}  # the best configuration alone, once more"
+    yield f"python -m sweep export {quoted}"
 
 
-def _spent(entry: Entry) -> str:
-    memory = f" and {entry.cost.peak_memory / 1e9:.2f} GB" if entry.cost.peak_memory else ""
-    return f"{entry.cost.seconds / 60:.1f} minutes{memory}"
+def _portable(spec: SweepSpec) -> SweepSpec:
+    """The spec as it may be run elsewhere: names in place of this machine's paths and of URLs, no ledger, no upload."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items() if key not in ("ledger", "push_to")}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        is_place = isinstance(value, str) and (value.startswith("/") or "://" in value)
+        return Path(value).name if is_place else value
+
+    return SweepSpec.model_validate_json(
+        json.dumps(named(spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    )
 
 
 def _value(value: object) -> str:

@@ -13,9 +13,12 @@ from sweep.tracking import described
 SIDE_BY_SIDE = "side_by_side"
 """Note in the ledger: how many processes shared a machine in the newest run."""
 
+USUAL_DEFAULT = "r 16, alpha 32, learning rate 2e-4"
+"""`usual_default` in words."""
+
 
 def usual_default(entries: Sequence[Entry]) -> Entry | None:
-    """The trial of r 16, alpha 32, learning rate 2e-4, which a sweep should beat."""
+    """The trial of what people use, which a sweep should beat."""
     return next((e for e in entries if (e.config.r, e.config.alpha, e.config.learning_rate) == (16, 32.0, 2e-4)), None)
 
 
@@ -77,25 +80,45 @@ def show(
 
 def conclusion(ledger: Ledger) -> list[str]:
     """All that was found out about the winner, a line each: search, verification, test."""
-    return [*verdict(ledger.entries()), *verification.lines(verification.result(ledger)), *scoring.lines(ledger)]
+    return [*verdict(ledger.entries()), *checks(ledger)]
+
+
+def checks(ledger: Ledger) -> list[str]:
+    """What was found out about the winner once the search had chosen it, a line each."""
+    return [*verification.lines(verification.result(ledger)), *scoring.lines(ledger)]
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
-    """Base, usual default and winner, a line each."""
+    """Base, usual default and winner, a line each. A gain is claimed between whole runs alone."""
     ranked = ranking(entries)
     base, default = base_loss(entries), usual_default(entries)
     lines = [f"base model            {base:.4f}"] if base is not None else []
     if default is not None and default.best is not None:
-        lines.append(f"usual default         {default.best[1]:.4f}  (trial {default.number:03d})")
+        lines.append(f"usual default         {default.best[1]:.4f}  (trial {default.number:03d}{cut_short(default)})")
     if ranked:
         winner = ranked[0]
         assert winner.best is not None
         gain = ""
-        if default is not None and default.best is not None:
-            ahead = default.best[1] - winner.best[1]
-            gain = ", the default itself" if winner is default else f", {ahead:.4f} below the default"
-        lines.append(f"winner                {winner.best[1]:.4f}  (trial {winner.number:03d}{gain})")
+        if winner is default:
+            gain = ", the default itself"
+        elif default is not None and default.best is not None and both_whole(winner, default):
+            gain = f", {default.best[1] - winner.best[1]:.4f} below the default"
+        lines.append(
+            f"winner                {winner.best[1]:.4f}  (trial {winner.number:03d}{cut_short(winner)}{gain})"
+        )
     return lines
+
+
+def both_whole(one: Entry, other: Entry) -> bool:
+    """Whether both trials used their whole budget, so that their losses may be compared."""
+    return one.state is other.state is TrialState.COMPLETE
+
+
+def cut_short(entry: Entry) -> str:
+    """How a trial ended early, such as `, stopped after evaluation 1`; empty for one that did not."""
+    if entry.state not in (TrialState.PRUNED, TrialState.FAIL):
+        return ""
+    return f", {STATES[entry.state]} after evaluation {entry.reported}"
 
 
 def standing(entries: Sequence[Entry], trials: int) -> str:

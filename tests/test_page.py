@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
-from sweep import cli, findings, page, tracking
+from sweep import cli, findings, page, report, tracking, verification
 from sweep.findings import Curve
 from sweep.place import Place
 from sweep.progress import Console
@@ -21,6 +22,7 @@ from sweep.spec import load
 from sweep.status import Status
 from tests import browser, sweeps
 from tests.ledgers import add_trial, memory_ledger, swept
+from trainables.config import DataConfig
 from trainables.protocol import Cost
 
 
@@ -50,7 +52,7 @@ def ended(ledger, *losses: float, cost: Cost | None = None, stop: bool = False, 
 
 def shown(spec, ledger, tmp_path) -> str:
     """The page of a sweep that nobody runs, without plotly.js."""
-    html = page.render(Status(Place.at(str(tmp_path)), spec, ledger, ledger.entries(), None), "", {})
+    html = page.render(Status(Place.at(str(tmp_path)), spec, ledger, ledger.entries(), None), {})
     return html.replace(page.get_plotlyjs(), "")
 
 
@@ -106,11 +108,20 @@ def test_importance_finds_what_decides_and_says_how_sure_it_is(status):
 
     found = by_r(status.entries)
     assert next(iter(found)) == "r"
-    assert sum(mean for mean, _, _ in found.values()) == pytest.approx(1)
-    for mean, low, high in found.values():
-        assert 0 <= low < mean < high <= 1
+    for median, low, high in found.values():
+        assert 0 <= low < median < high <= 1
     assert by_r(status.entries[: findings.ENOUGH - 1]) == {}
     assert found == by_r(status.entries)
+    alike = findings.axes(status.entries, status.spec.space)
+    assert findings.importance(findings.derived(status.entries, dict.fromkeys(range(24), (1.0,)), alike)) == {}
+
+
+def test_what_mattered_most_is_said_only_where_whiskers_are_apart():
+    told = page._most_important({"r": (0.8, 0.7, 0.9), "alpha": (0.1, 0.0, 0.2), "dropout": (0.0, 0.0, 0.3)})
+    assert told == "r mattered most, with a share of 0.80 (0.70 to 0.90) in what sets the best quarter apart."
+    told = page._most_important({"r": (0.6, 0.3, 0.9), "alpha": (0.1, 0.0, 0.2), "dropout": (0.0, 0.0, 0.3)})
+    assert told.startswith("Which parameter mattered most is not known: r has a share of 0.60 (0.30 to 0.90)")
+    assert "dropout of 0.00 (0.00 to 0.30)" in told
 
 
 def test_noise_comes_from_seeds_where_there_are_some():
@@ -119,8 +130,14 @@ def test_noise_comes_from_seeds_where_there_are_some():
         ended(ledger, 2.0, loss, r=8)
     ended(ledger, 2.0, 0.5, r=16)
     noise = findings.noise(ledger.entries())
-    assert noise.loss == pytest.approx(1.96 * math.sqrt(2) * 0.01 * math.sqrt(2))  # of two values 0.02 apart
+    assert noise.loss == pytest.approx(12.706 * math.sqrt(2) * 0.01 * math.sqrt(2), rel=1e-4)  # of two, 0.02 apart
     assert "2 trials of 1 configurations differ in their seed alone" in noise.because
+    assert noise.from_seeds
+    fresh = memory_ledger()
+    for loss in (1.00, 1.01, 1.02):
+        ended(fresh, 2.0, loss, r=16)
+    verified = findings.noise(ledger.entries(), fresh.entries())
+    assert verified.loss == pytest.approx(4.303 * math.sqrt(2) * 0.01, rel=1e-4)  # those of the verification alone
 
 
 @pytest.mark.parametrize(
@@ -138,26 +155,30 @@ def test_noise_without_seeds_is_a_yardstick_or_unknown(losses, noise):
     ended(ledger, *(loss + 1 for loss in losses), r=16)
     found = findings.noise(ledger.entries())
     assert found.loss == (noise if noise is None else pytest.approx(noise))
+    assert not found.from_seeds
     assert found.because.startswith("How much the seed alone changes a loss is not known")
 
 
 @pytest.mark.parametrize(
-    ("loss", "seconds", "memory", "preferred"),
+    ("loss", "cost", "batch_size", "preferred"),
     [
-        (1.009, 50, 100, True),  # quicker
-        (1.009, 100, 80, True),  # smaller
-        (1.009, 95, 95, False),  # no more than two equal trials differ by
-        (1.009, 50, 200, False),
-        (1.011, 50, 50, False),  # not within noise
+        (1.009, Cost(50, 10, 1000), 8, True),
+        (1.009, Cost(100, 20, 2000), 8, True),  # every step was done twice
+        (1.009, Cost(95, 10, 1000), 8, False),
+        (1.009, Cost(50, 10, 500, peak_memory=1), 8, False),
+        (1.009, Cost(50, 10, 1000), 16, False),  # other work
+        (1.009, Cost(50), 8, False),  # nothing is known
+        (1.011, Cost(50, 10, 1000), 8, False),  # not within noise
     ],
 )
-def test_a_cheaper_trial_within_noise_is_preferred(loss, seconds, memory, preferred):
+def test_a_cheaper_trial_within_noise_is_preferred(loss, cost, batch_size, preferred):
     ledger = memory_ledger()
-    ended(ledger, 2.0, 1.0, cost=Cost(100, peak_memory=100))
-    other = ended(ledger, 2.0, loss, cost=Cost(seconds, peak_memory=memory))
-    ended(ledger, 1.005, stop=True, cost=Cost(1, peak_memory=1))  # never had the whole budget
+    ended(ledger, 2.0, 1.0, cost=Cost(100, 10, 1000, peak_memory=100))
+    other = ended(ledger, 2.0, loss, cost=cost, batch_size=batch_size)
+    ended(ledger, 1.005, stop=True, cost=Cost(1, 10, 1000, peak_memory=1))  # never had the whole budget
     found = findings.cheaper(ledger.entries(), within=0.01)
     assert (found and found.number) == (other if preferred else None)
+    assert findings.cheaper(ledger.entries(), within=0.01, worse=[other]) is None
 
 
 @pytest.mark.parametrize(
@@ -168,6 +189,7 @@ def test_a_cheaper_trial_within_noise_is_preferred(loss, seconds, memory, prefer
         ({1: 2.0, 2: 1.5, 3: 1.505}, {1: 2.0, 2: 1.4, 3: 1.0}, None),  # by less than matters
         ({1: 2.0, 2: 1.5, 3: 1.8}, {1: 2.0, 2: 1.4, 3: 1.7}, None),  # training rises, too
         ({1: 2.0, 2: 1.5, 3: 1.8}, {}, None),  # unknown
+        ({1: 2.0, 2: 1.5, 3: 1.8}, {1: 2.0, 2: 1.4}, None),  # unknown
         ({}, {}, None),
     ],
 )
@@ -193,10 +215,14 @@ def test_overfitting_is_told_with_its_place(toy, tmp_path):
     rows = [{tracking.STEP: step, "train/loss": 3.0 - step / 10} for step in range(1, 31)]
     rows += [{tracking.STEP: 10 * n, tracking.EVALUATION: n, "eval/loss": 1.0} for n in (1, 2, 3)]
     status = Status(Place.at(str(tmp_path)), toy, ledger, ledger.entries(), None)
-    html = page.render(status, "", {number: rows})
+    html = page.render(status, {number: rows})
     assert "1 of 1 trials overfitted: 000 from evaluation 2 on." in html
     assert "Overfits from evaluation 2 (step 20) on: the validation loss rose from 1.5000 to 1.7000" in html
-    assert "No training losses were recorded" in page.render(status, "", {})
+    assert "No training losses were recorded" in page.render(status, {})
+    assert "unstable" in page.render(status, {number: [*rows, {tracking.STEP: 29, "train/loss": 99.0}]})
+    html = page.render(status, {number: [row for row in rows if row[tracking.STEP] <= 20]})  # the last ones are missing
+    assert "whether it overfits is not known, for its training losses are missing" in html
+    assert "No training losses were recorded to tell" in html
 
 
 def test_a_sweep_without_a_trial(toy, tmp_path):
@@ -226,26 +252,98 @@ def test_a_sweep_with_one_finished_trial(toy, tmp_path):
 
 def test_few_trials_and_one_that_is_unfinished(toy, tmp_path):
     ledger = memory_ledger()
-    ended(ledger, 2.0, 1.50, r=8, cost=Cost(60, peak_memory=100))
-    ended(ledger, 2.0, 1.49, r=32, cost=Cost(120, peak_memory=200))
-    ended(ledger, 1.9, 1.495, r=16, cost=Cost(120, peak_memory=200), learning_rate=1e-4)
+    ended(ledger, 2.0, 1.50, r=8, cost=Cost(60, 10, 10_000))
+    ended(ledger, 2.0, 1.49, r=32, cost=Cost(120, 10, 10_000))
+    ended(ledger, 1.9, 1.495, r=16, cost=Cost(120, 10, 10_000), learning_rate=1e-4)
     ledger.report(add_trial(ledger, r=4), 1, 2.5)
     html = shown(toy, ledger, tmp_path)
     assert "is the best so far" in html
     assert "3 trials are too few to say how important each parameter is; it takes 10." in html
     assert "loss was still falling at the last, by 0.5100." in html
-    assert "Consider trial 000 (r8 nf4 lr2.0e-04 a32): its loss is 0.0100 above the best complete one, at 1.0" in html
-    assert "Whether that is noise only other seeds can tell." in html
+    above = "its loss is 0.0100 above the best complete one, and 1,000 tokens took 6 s instead of 12 s."
+    assert (
+        f"Consider trial 000 (r8 nf4 lr2.0e-04 a32): {above} Whether that is noise only other seeds can tell." in html
+    )
     assert "<td>unfinished</td>" in html
 
 
-def test_the_preferred_trial_is_named(toy, tmp_path):
+@pytest.mark.parametrize("worse", [False, True])
+def test_what_verification_found_is_heeded(toy, tmp_path, worse):
     ledger = memory_ledger()
-    ended(ledger, 2.0, 1.50, 1.49, r=32, cost=Cost(120, peak_memory=2 * 10**9))
-    ended(ledger, 2.0, 1.51, 1.495, r=8, cost=Cost(60, peak_memory=10**9))
+    ledger.note("sweep_id", "abcd")
+    ended(ledger, 2.0, 1.50, 1.490, r=32, seed=7, cost=Cost(120, 10, 10_000))
+    ended(ledger, 2.0, 1.51, 1.495, r=8, seed=7, cost=Cost(60, 10, 10_000))
     html = shown(toy, ledger, tmp_path)
-    costs = "at 1.0 minutes and 1.00 GB instead of 2.0 minutes and 2.00 GB"
-    assert f"Prefer trial 001 (r8 nf4 lr2.0e-04 a32): 0.0050 above the best complete one is noise, {costs}." in html
+    assert "Consider trial 001 (r8 nf4 lr2.0e-04 a32): " in html  # the yardstick is no noise
+    assert "Verification" not in html
+    runs, wanted = verification.begin(ledger, top=2, seeds=3)
+    for config, luck in zip(wanted, (0.01, -0.01, 0.02, 0.01, -0.01, 0.0), strict=True):
+        number = runs.add(verification.propose(runs.entries(), wanted)).number
+        runs.report(number, 1, 1.5 + luck + (worse and config.r == 8))
+        runs.complete(number)
+    html = shown(toy, ledger, tmp_path)
+    assert "Verification: best validation loss over fresh seeds" in html
+    assert "6 trials of 2 configurations differ in their seed alone" in html
+    assert ("higher than the winner beyond noise" in html) == worse
+    preferred = "Prefer trial 001 (r8 nf4 lr2.0e-04 a32): 0.0050 above the best complete one is noise, and 1,000 tokens"
+    assert (preferred in html) == (not worse)
+    assert ("leaving aside what verification found higher, took a tenth less time for equal work." in html) == worse
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_gain_is_claimed_of_what_is_no_whole_run(toy, tmp_path, fails):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, stop=not fails)  # the usual default
+    number = add_trial(ledger, r=8)
+    ledger.report(number, 1, 1.5)
+    if fails:
+        ledger.fail(number, "training loss is nan " + 100 * "and so on ")
+    else:
+        ledger.complete(number)
+    html = shown(toy, ledger, tmp_path)
+    unknown = "what the search gained is not known, for not both used their whole budget."
+    early = "" if fails else ", stopped after evaluation 1"
+    assert f"; trial 000{early}) has 2.0000: {unknown}" in html
+    assert ("It did not use its whole budget, failed after evaluation 1: training loss is nan and" in html) == fails
+    assert 300 < len(max(re.findall("<td.*?</td>", html), key=len)) < 350 or not fails
+    default, winner = report.verdict(ledger.entries())
+    assert default.endswith(f"(trial 000{early})")
+    assert winner.endswith("(trial 001, failed after evaluation 1)" if fails else "(trial 001)")
+
+
+def test_the_page_says_nothing_of_the_machine(toy, tmp_path):
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "a model"
+    elsewhere = {
+        "model": str(model),
+        "data": DataConfig(train=str(rows), validation="owner/rows"),
+        "storage": str(tmp_path / "sweeps"),
+        "ledger": "postgresql://me:***@database.example/ledger",
+        "checkpoint": toy.checkpoint.model_copy(update={"push_to": "me/pricer"}),
+    }
+    spec = toy.model_copy(update=elsewhere)
+    ledger = memory_ledger()
+    ledger.note("environment", {"qlora-sweep": "0.1.0", "torch": "2.13.0+cpu", "git commit": "abcdef"})
+    ended(ledger, 2.0)
+    driven = Status(Place.at(str(tmp_path / "sweeps/toy")), spec, ledger, ledger.entries(), "process 13770 on my-host")
+    html = page.render(driven, {}).replace(page.get_plotlyjs(), "")
+    for private in (str(tmp_path), "13770", "my-host", "database.example", "***", "push_to"):
+        assert private not in html
+    assert ", while it runs: 1 of 24 trials" in html
+    for command in (
+        "python -m pip install qlora-sweep==0.1.0 torch==2.13.0\n",
+        "python -m sweep rerun sweeps/toy --trial 0  #",
+        "python -m sweep export sweeps/toy\n",
+    ):
+        assert command in html
+    assert "git checkout" not in html
+    assert "<td>abcdef</td>" in html
+    pasted = tmp_path / "space.yaml"
+    pasted.write_text(unescape(re.search("<pre>(name: .*?)</pre>", html, re.DOTALL)[1]))
+    rows.touch()
+    model.mkdir()
+    assert load(pasted, inputs=False) == spec.model_copy(
+        update={"storage": "sweeps", "ledger": None, "checkpoint": toy.checkpoint}
+    )
 
 
 def test_what_is_drawn_is_bounded(toy, tmp_path):
@@ -300,7 +398,7 @@ def test_the_verb_and_the_end_of_a_run(undisturbed, tmp_path):
     assert asked.stdout == f"{directory}/report.html is written; open it in a browser.\n"
 
     def lasting(html: str) -> str:
-        return re.sub("as of .* UTC", "", html)
+        return re.sub("As of .* UTC", "", html)
 
     assert lasting((directory / "report.html").read_text()) == lasting(at_the_end)
 

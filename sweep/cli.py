@@ -268,8 +268,9 @@ def sync(
         outcome = upload(Place.at(sweep))
     except Refused as error:
         raise typer.Exit(_wrong_input(error)) from error
-    for run, reason in outcome.failed.items():
-        print(f"{run}: {reason}", file=sys.stderr)
+    for reason in dict.fromkeys(outcome.failed.values()):
+        runs = [run for run, why in outcome.failed.items() if why == reason]
+        print(f"{', '.join(runs) if len(runs) < 4 else f'{len(runs)} runs'}: {reason}", file=sys.stderr)
     complete = outcome.runs - len(outcome.failed)
     print(f"W&B has {complete} of {outcome.runs} runs of {sweep}, {len(outcome.sent)} of them sent now.")
     if outcome.failed:
@@ -380,6 +381,8 @@ def enqueue(
     config = {}
     for assignment in values:
         key, equals, text = assignment.partition("=")
+        if key in config:
+            raise typer.Exit(_wrong_input(f"{assignment}: {key} is given twice; enqueue one configuration at a time"))
         try:
             config[key] = parse(text, assignment).data if equals else None
         except SpecError as error:

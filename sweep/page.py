@@ -428,7 +428,8 @@ def _commands(status: Status, directory: str) -> Iterator[str]:
     yield "python -m sweep run space.yaml"
     for winner in ranking(status.entries)[:1]:
         yield f"python -m sweep rerun {quoted} --trial {winner.number}  # the best configuration alone, once more"
-    yield f"python -m sweep export {quoted}"
+    if status.spec.trainable != "toy":
+        yield f"python -m sweep export {quoted}"
 
 
 def _portable(spec: SweepSpec) -> SweepSpec:

@@ -265,6 +265,7 @@ def test_a_revived_trial_is_handed_out_and_its_wandb_run_gets_another_end(sweep)
         (("enqueue", "rank=8"), "rank: unknown key; did you mean r?"),
         (("enqueue", "r=8", "alpha=16", "dropout=0.5"), "the space has no dropout"),
         (("enqueue", "r"), "r: received nothing, should be a whole number"),
+        (("enqueue", "r=8", "r=4"), "r=4: r is given twice"),
         (("enqueue", "r=16"), "trial 0 has this configuration and is complete"),
         (("pause",), "is not running; a sweep can be paused while it runs. What goes on with it: python -m sweep run"),
     ],

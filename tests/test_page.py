@@ -425,3 +425,4 @@ def test_a_sweep_does_not_fail_for_its_report(status):
     told = console.file.getvalue()
     assert told.startswith("No report was made (IsADirectoryError: ")
     assert told.endswith(f"once that is mended: python -m sweep report {status.place.url}\n")
+    assert not list(status.place.paths.root.glob(".report*"))  # nothing half done is left

@@ -282,7 +282,14 @@ class LedgerScheduler(FIFOScheduler):
             self._conclude(entry, trial)
 
     def _ledger_failed(self, error: Exception) -> None:
-        self._drain.request("breakdown", f"The ledger cannot be written ({type(error).__name__}: {error})")
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            self._disk_is_full(error.errno)
+        else:
+            self._drain.request("breakdown", f"The ledger cannot be written ({type(error).__name__}: {error})")
+
+    def _disk_is_full(self, number: int) -> None:
+        why = f"{os.strerror(number)}: {_where_space_went(self._lease.place.paths.root)}"
+        self._drain.request("breakdown", why)
 
     def _conclude(self, entry: Entry, trial: Any) -> None:
         """Tell the process, if it lives, and the user how a trial ended.
@@ -326,8 +333,7 @@ class LedgerScheduler(FIFOScheduler):
         A full disk ends the sweep, what else the machine is to blame for is tried again.
         """
         if failure.errno in DISK_FULL:
-            why = f"{os.strerror(failure.errno)}: {_where_space_went(self._lease.place.paths.root)}"
-            self._drain.request("breakdown", why)
+            self._disk_is_full(failure.errno)
             return None
         if failure.engine is not None:
             self._engine_lost(number, failure.reason, died=failure.engine == "died")

@@ -121,8 +121,8 @@ class Search(Section):
     """Configurations to try before the sampler is asked; what an entry does not name is as the space fixes it, else the
     documented default. Unless given, the documented defaults where the space has them."""
     from_: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), alias="from")
-    """Directories (or s3:// URLs) of earlier sweeps over the same model, data and budget: what they found in this space
-    is known to the sampler from the start."""
+    """Directories, from the working directory as `storage` is, or s3:// URLs, of earlier sweeps over the same model,
+    data and budget: what they found in this space is known to the sampler from the start."""
 
 
 class EarlyStopping(Section):

@@ -103,7 +103,12 @@ def test_nothing_that_it_is_asked_for_writes(sweep, tmp_path, database):
 
 def test_as_a_command(sweep):
     command = [sys.executable, "-m", "sweep", "dashboard", str(sweep), "--port", "0"]
-    with subprocess.Popen(command, env=sweeps.environment(), stdout=subprocess.PIPE, text=True) as process:
+
+    def heed_ctrl_c() -> None:  # which what a shell starts in the background does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    environment, pipe = sweeps.environment(), subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, text=True, preexec_fn=heed_ctrl_c) as process:
         try:
             line = process.stdout.readline()
             assert line.endswith(f" shows {sweep}. Ctrl-C ends it.\n")

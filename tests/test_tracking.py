@@ -471,7 +471,7 @@ def test_mode_is_settled_before_anything_starts(
         ({"alpha": 0.5, "rslora": True}, ["alpha", "rslora", "double_quant"], "007 a0.5 rslora double_quant"),
         ({"double_quant": False, "weight_decay": 0.0}, ["double_quant", "weight_decay"], "007 no-double_quant wd0"),
         ({"target_modules": ("q_proj", "v_proj")}, ["target_modules", "schedule"], "007 q_proj+v_proj cosine"),
-        ({}, [], "007"),
+        ({}, [], "007 r16 a32 lr2.0e-04 nf4 bf16"),
     ],
 )
 def test_run_names(config: dict[str, Any], searched: list[str], name: str) -> None:

@@ -138,8 +138,8 @@ class Progress:
         if time.monotonic() - self._summed_up > SUMMARY_SECONDS:
             self._summed_up = time.monotonic()
             entries = list(self._entries.values())
-            left = duration(forecast(entries, self.trials, self.evaluations, self.rule).seconds)
-            self._say(f"{standing(entries, self.trials)}{'' if left == '-' else f', about {left} left'}")
+            seconds = forecast(entries, self.trials, self.evaluations, self.rule).seconds
+            self._say(f"{standing(entries, self.trials)}{f', about {duration(seconds)} left' if seconds else ''}")
 
     def _say(self, line: str) -> None:
         if not self._live:

@@ -252,6 +252,31 @@ def test_each_layer_is_dequantised_once_a_pass(pack, monkeypatch):
     assert len(dequantised) == 14
 
 
+def test_many_tokens_go_through_the_base_in_parts(pack, monkeypatch):
+    configs = [config(seed=seed, dropout=0.1, batch_size=size) for seed, size in ((1, 2), (2, 8), (3, 4), (4, 4))]
+    at_once = pack(configs).train(3)
+    passes = []
+    count = bases.Base.losses
+    monkeypatch.setattr(
+        bases.Base, "losses", lambda self, works, pad: passes.append(len(works)) or count(self, works, pad)
+    )
+    monkeypatch.setitem(qlora_sft.LEARNT_AT_ONCE, "cpu", 128)
+    in_parts = pack(configs).train(3)
+    assert len(passes) > 3
+    assert sum(passes) == 3 * len(configs)
+    for ours, theirs in zip(in_parts.steps, at_once.steps, strict=True):
+        assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+
+
+def test_the_norm_of_a_long_gradient_has_no_error_of_a_long_sum(pack):
+    (trial,) = pack([config()]).trials
+    trial.adapter.gradient = 1 + 1e-3 * torch.randn(5_000_001, generator=torch.Generator().manual_seed(0))
+    exact = float(trial.adapter.gradient.double().norm())
+    assert float(trial.adapter.norm()) == pytest.approx(exact, rel=1e-7)
+    trial.adapter.gradient[-1] = math.inf
+    assert float(trial.adapter.norm()) == math.inf
+
+
 def test_no_room_for_all_leaves_each_where_it_stood(pack, tiny, monkeypatch):
     configs = [config(seed=seed, dropout=0.1) for seed in (1, 2)]
     expected = [curve(each, tiny) for each in configs]

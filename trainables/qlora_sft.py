@@ -38,6 +38,9 @@ EVALUATION_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens, padding included, in one micro-batch of an evaluation: about a second of work on either device."""
 SCORED_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 """Tokens, padding included, of the micro-batches of many trials that are scored together."""
+LEARNT_AT_ONCE = {"cpu": 1024, "cuda": 16384}
+"""Tokens, padding included, of the micro-batches of many trials that are learnt from together: more keep either device
+no busier and take memory."""
 
 ADAPTER, STATE, FACTS = "adapter_model.safetensors", "training_state.safetensors", "state.json"
 
@@ -291,14 +294,14 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
     labels = [sum(work.labels for work in step) for step in steps]
     losses = [torch.zeros((), device=base.model.device) for _ in trials]
     for number in range(max(len(step) for step in steps)):
-        present = [i for i, step in enumerate(steps) if number < len(step)]
-        of_labels = base.losses([steps[i][number] for i in present], pad)
-        means = [each.sum() / labels[i] for i, each in zip(present, of_labels, strict=True)]
-        torch.stack(means).sum().backward()
-        for i, mean in zip(present, means, strict=True):
-            losses[i] += mean.detach()
-    # In fp64: a sum of millions of squares loses the fourth digit in fp32.
-    norms = [torch.linalg.vector_norm(trial.adapter.gradient, dtype=torch.float64).float() for trial in trials]
+        present = {i: step[number] for i, step in enumerate(steps) if number < len(step)}
+        for some in together(present, LEARNT_AT_ONCE[base.model.device.type]):
+            of_labels = base.losses([present[i] for i in some], pad)
+            means = [each.sum() / labels[i] for i, each in zip(some, of_labels, strict=True)]
+            torch.stack(means).sum().backward()
+            for i, mean in zip(some, means, strict=True):
+                losses[i] += mean.detach()
+    norms = [trial.adapter.norm() for trial in trials]
     values = torch.stack([*losses, *norms]).tolist()  # one wait for the device
     tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
     numbers = list(zip(values[: len(trials)], values[len(trials) :], strict=True))
@@ -308,6 +311,19 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
     for trial, (loss, norm), count in zip(trials, numbers, tokens, strict=True):
         if trial.failure is None:
             trial.note_learned(loss, norm, count, seconds * count / sum(tokens))
+
+
+def together(works: Mapping[int, Work], tokens: int) -> list[list[int]]:
+    """Keys of neighbours that take at most so many tokens with padding; what takes more stands alone."""
+    groups: list[list[int]] = []
+    rows = width = 0
+    for key, work in works.items():
+        rows, width = rows + len(work.rows), max(width, *(len(ids) for ids, _ in work.rows))
+        if not groups or rows * width > tokens:
+            groups.append([])
+            rows, width = len(work.rows), max(len(ids) for ids, _ in work.rows)
+        groups[-1].append(key)
+    return groups
 
 
 def _score(trials: Sequence[QLoRATrial]) -> None:

@@ -15,6 +15,8 @@ from torch.optim import AdamW, Optimizer
 from trainables.config import QLoRAConfig
 from trainables.packed.layers import LowRank
 
+PIECE = 1024
+"""Numbers whose squares are summed in fp32."""
 Layers = Mapping[int, tuple[str, int, int]]
 """Name, inputs and outputs of layers, by their number."""
 
@@ -53,6 +55,16 @@ class Adapter:
         else:
             self.trained = {"adapter": torch.nn.Parameter(self.weights)}
             self.optimizer = AdamW(self.trained.values(), weight_decay=config.weight_decay, fused=True)
+
+    def norm(self) -> Tensor:
+        """L2 norm of the gradient, fp32 (): of pieces in fp32, then of all in fp64.
+
+        A sum of millions of squares loses the fourth digit in fp32, and a copy in fp64 takes twice their memory.
+        """
+        ends = self.gradient.numel() // PIECE * PIECE
+        pieces = torch.linalg.vector_norm(self.gradient[:ends].view(-1, PIECE), dim=1)
+        rest = torch.linalg.vector_norm(self.gradient[ends:])
+        return torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64).float()
 
     def update(self, norm: float, learning_rate: float) -> None:
         """Clip gradients of this `norm`, take an optimiser step, and forget them."""
@@ -120,7 +132,8 @@ class Stack:
 
     def refresh(self, number: int) -> None:
         """Copy the weights of an adapter anew."""
-        self.copies[number].copy_(self.adapters[number].weights.to(self.rounded))
+        weights = self.adapters[number].weights
+        self.copies[number].copy_(weights if self.rounded == self.copies.dtype else weights.to(self.rounded))
 
 
 def views(vectors: Tensor, r: int, layers: Layers) -> Iterator[tuple[int, str, Tensor]]:

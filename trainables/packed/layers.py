@@ -212,7 +212,7 @@ class _Apply(torch.autograd.Function):
             pair = part.stacked[layer.number]
             y_gradient = _by_adapter(gradient[part.rows], part)
             mask = _mask(part, layer)
-            _add_product(pair.b_gradient[part.adapters], y_gradient.mT, low)
+            _add_product(pair.b_gradient[part.adapters].mT, low.mT, y_gradient)
             low_gradient = (y_gradient @ pair.b[part.adapters] * part.scales).to(layer.dtype)
             _add_product(pair.a_gradient[part.adapters], low_gradient.mT, _by_adapter(mask(wide[part.rows]), part))
             if x_gradient is not None:

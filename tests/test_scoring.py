@@ -19,7 +19,8 @@ from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, finish, stock_base
 from tests.test_qlora_sft import tiny as tiny  # a fixture
 from trainables import data, qlora_sft
-from trainables.protocol import Job, Scored
+from trainables.packed import base
+from trainables.protocol import Job, OutOfMemory, Scored
 from trainables.scoring import score
 
 
@@ -74,6 +75,33 @@ def test_only_what_is_asked_for(tiny, trained):
     assert score(tiny.model, CONFIG, None, tokens, "validation", **asked).completions == ()
     asked = {"halvings": 1, "loss": False, "completions": True}
     assert score(tiny.model, CONFIG, None, tokens, "validation", **asked).loss is None
+
+
+def test_memory_that_runs_out_halves_what_is_scored_together(tiny, trained, monkeypatch):
+    """Down to a single row; what is found is the same."""
+    adapter, tokens = (trained[0] / qlora_sft.ADAPTER).read_bytes(), Path(tiny.tokens)
+    asked = (tiny.model, CONFIG, adapter, tokens, "validation")
+    whole = score(*asked, halvings=0, loss=True, completions=True)
+    roomy, free, tried = base.label_losses, base.Base.continuations, []
+
+    def scarce(rows: int, work, *arguments):
+        tried.append(rows)
+        if rows > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(*arguments)
+
+    monkeypatch.setattr(base, "label_losses", lambda model, rows: scarce(len(rows.input_ids), roomy, model, rows))
+    monkeypatch.setattr(base.Base, "continuations", lambda *given: scarce(len(given[2]), free, *given))
+    for fits in (3, 1):
+        tried.clear()
+        scored = score(*asked, halvings=0, loss=True, completions=True)
+        assert scored.loss == pytest.approx(whole.loss, abs=1e-6)
+        assert (scored.references, scored.completions) == (whole.references, whole.completions)
+        assert sum(rows for rows in tried if rows <= fits) == 2 * whole.rows  # nothing twice
+        assert sum(rows > fits for rows in tried) < 12
+    fits = 0
+    with pytest.raises(OutOfMemory, match=r"a single row of \d+ tokens does not fit beside the model; free memory"):
+        score(*asked, halvings=0, loss=True, completions=False)
 
 
 SCORED = Scored(2, None, ("a", "b"), ("100", "1,000"), ("$90.5", "no idea"))

@@ -48,6 +48,7 @@ from sweep.study import (
     Ledger,
     Observation,
     Proposal,
+    as_trial,
     first_params,
     open_journal,
     propose,
@@ -173,7 +174,7 @@ def run(
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger, too
             ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
-            known = earlier.read(ledger)
+            learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
@@ -202,7 +203,7 @@ def run(
 
             def ask(entries: list[Entry]) -> Proposal:
                 tried_first = [*enqueued(ledger), *first]
-                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, known)
+                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, learned)
 
             def export_best() -> Entry | None:
                 tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None

@@ -181,7 +181,14 @@ def run(
             if ledger.noted(COMMAND) != again:
                 ledger.note(COMMAND, again)
             requests = Requests(
-                ledger, place, spec.space, since=since, holds=lease.holds, drain=drain, listener=listener
+                ledger,
+                place,
+                spec.space,
+                spec.budget.evaluations,
+                since=since,
+                holds=lease.holds,
+                drain=drain,
+                listener=listener,
             )
             requests.begin()
             first = first_params(spec.space, spec.search.first)
@@ -835,14 +842,15 @@ def _end_runs(
     """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget.
 
     On an object store this machine gets to have the whole runs of all ended trials that are not online. `ending` are
-    trials that this was begun for, to be passed to the next call.
+    trials that this was begun for, to be passed to the next call: by Optuna's number, for one that is revived gets
+    another end.
     """
     if tracked.mode == "disabled":
         return
     for entry in _without_end(ledger, place, needed=tracked.mode):
-        if entry.number in ending:
+        if entry.trial.number in ending:
             continue
-        ending.add(entry.number)
+        ending.add(entry.trial.number)
         directory = place.paths.trial(entry.number)
         place.pull_log(directory / tracking.ROWS)
         steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}

@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def number(self) -> int:
-        """That under which it was begun; see `Ledger.revive`."""
+        """0 for the first; Optuna's own, until a trial is revived (`Ledger.revive`)."""
         return _number(self.trial)
 
     @property
@@ -125,7 +125,7 @@ def _config(recorded: str) -> QLoRAConfig:
 
 
 def _number(trial: FrozenTrial) -> int:
-    number: int = trial.user_attrs.get("revives", trial.number)
+    number: int = trial.user_attrs.get("number", trial.number)
     return number
 
 
@@ -188,7 +188,9 @@ class Ledger:
 
     def add(self, proposal: "Proposal") -> Entry:
         """Write a proposed trial, RUNNING from now on, in one append."""
-        return self._add(proposal.params, proposal.distributions, {"config": proposal.config.model_dump_json()}, {})
+        number = max((_number(trial) for trial in self._frozen()), default=-1) + 1
+        attributes = {"config": proposal.config.model_dump_json(), "number": number}
+        return self._add(proposal.params, proposal.distributions, attributes, {})
 
     def revive(self, number: int) -> Entry:
         """Have a trial that was stopped run on, as one that was interrupted would, in one append.
@@ -199,7 +201,7 @@ class Ledger:
         trial = self.entry(number).trial
         known = {key: value for key, value in trial.user_attrs.items() if key != "reason"}
         rung = max(trial.intermediate_values, default=0)
-        attributes = known | {"revives": number, "promoted": rung}
+        attributes = known | {"number": number, "promoted": rung}
         return self._add(trial.params, trial.distributions, attributes, trial.intermediate_values)
 
     def _add(

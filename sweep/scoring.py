@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
+
+import psutil
 
 from sweep.place import Place
 from sweep.study import Entry, Ledger
@@ -77,14 +80,19 @@ def trouble(ledger: Ledger) -> list[str]:
 def find_metric(name: str) -> Metric:
     """The function called `package.module:function`, seen from the working directory or installed.
 
-    Raises ValueError that says why there is none.
+    A module that was imported before, as in a notebook, is read anew when its file has changed. Raises ValueError that
+    says why there is none.
     """
     module, _, function = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # it is there with `python -m`
         sys.path.append(here)
     try:
-        found: Metric = getattr(importlib.import_module(module), function)
+        before = sys.modules.get(module)
+        loaded = importlib.import_module(module)
+        if loaded is before and _has_changed(loaded):
+            loaded = importlib.reload(loaded)
+        found: Metric = getattr(loaded, function)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f"metric: {name} cannot be imported ({type(error).__name__}: {error}); it should be a function of a module"
@@ -93,6 +101,14 @@ def find_metric(name: str) -> Metric:
     if not callable(found):
         raise ValueError(f"metric: {name} is {found!r}, should be a function of prompts, references and completions")
     return found
+
+
+def _has_changed(module: ModuleType) -> bool:
+    """Whether its file has changed since this process began."""
+    spec = module.__spec__
+    if spec is None or spec.origin is None or not spec.has_location:  # of a notebook's cell, or built in
+        return False
+    return Path(spec.origin).stat().st_mtime > psutil.Process().create_time()
 
 
 def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:

@@ -157,6 +157,20 @@ def test_a_metric_that_is_not_there(name, message):
     assert message in str(caught.value)
 
 
+def test_a_metric_that_was_edited_meanwhile(tmp_path, monkeypatch):
+    """In a notebook, between two sweeps; a module that stayed as it was keeps its state."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "metric_of_mine.py"
+    for text, value in (("1.0", 1.0), ("2.0 + 1.0", 3.0)):
+        file.write_text(f"def metric(*texts):\n    return {text}\n")
+        found = scoring.find_metric("metric_of_mine:metric")
+        assert scoring.values_of("m:f", found, SCORED) == {"f": value}
+    assert scoring.find_metric("search_spaces.pricing:errors") is pricing.errors
+    assert scoring.find_metric("math:fsum") is math.fsum
+    monkeypatch.setattr("__main__.metric", raises, raising=False)
+    assert scoring.find_metric("__main__:metric") is raises
+
+
 def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:
     """Ask for the scores of a trial; Ray, which is not running, would have to be asked for new ones."""
     found = None if metric is None else (metric, pricing.errors)

@@ -482,7 +482,7 @@ def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, plac
         view = workspace.make(tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space)
     except Exception as error:  # noqa: BLE001 - of wandb's core process, too; it is told, and the search is done
         told = error if isinstance(error, sync.Refused | sync.Failed) else f"{type(error).__name__}: {error}"
-        listener.note(f"W&B has no view of the sweep ({told}); make it with: python -m sweep workspace {place.url}")
+        listener.note(f"W&B has no view of the sweep ({told}); make it with: {place.command('workspace')}")
     else:
         listener.note(f"The runs are laid out at {view.url}")
 

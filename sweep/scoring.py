@@ -4,9 +4,12 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any, Literal
 
@@ -115,7 +118,7 @@ def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
     """What the metric gives, by name; a single number has the function's. Raises ValueError that says what is wrong."""
     try:
         given = metric(list(scored.prompts), list(scored.references), list(scored.completions))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"raised {type(error).__name__}: {error}") from error
     named = given if isinstance(given, Mapping) else {name.partition(":")[2]: given}
     for value in (*named.values(), *([] if named else [given])):
@@ -204,15 +207,44 @@ def score_winner(
         trouble=None,
     )
     if metric is not None and completions:
-        name, function = metric
-        found = replace(found, metric=name, values=None, base_values=None, trouble=None)
-        try:
-            found = replace(found, values=values_of(name, function, adapted))
-            found = replace(found, base_values=values_of(name, function, base))
-        except ValueError as error:
-            found = replace(found, trouble=str(error))
+        judged = _beside(partial(_judged, found, *metric, adapted, base), drained)
+        if judged is None:
+            note(f"metric {metric[0]} has not come to an end; the command that runs the sweep asks it again")
+            if not loss:
+                return False
+        found = judged or found
     ledger.note("scores", [asdict(each) for each in recorded if each != mine] + [asdict(found)])
     return True
+
+
+def _judged(found: Scores, name: str, metric: Metric, adapted: Scored, base: Scored) -> Scores:
+    """The scores with what the metric gives for the winner and the base, or why it gives nothing."""
+    found = replace(found, metric=name, values=None, base_values=None, trouble=None)
+    try:
+        found = replace(found, values=values_of(name, metric, adapted))
+        return replace(found, base_values=values_of(name, metric, base))
+    except ValueError as error:
+        return replace(found, trouble=str(error))
+
+
+def _beside(work: Callable[[], Scores], drained: Callable[[], bool]) -> Scores | None:
+    """What somebody's code gives; None when the sweep drains before.
+
+    It has a thread of its own, which may be left: this one, the main thread, is where Python handles signals.
+    """
+    answer: Future[Scores] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the answer is waited for
+            answer.set_exception(error)
+
+    Thread(target=run, name="metric", daemon=True).start()
+    while not wait([answer], timeout=0.2).done:
+        if drained():
+            return None
+    return answer.result()
 
 
 def _recorded(ledger: Ledger) -> list[Scores]:

@@ -1,8 +1,12 @@
 """What the winner writes, and what a metric makes of it."""
 
 import math
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from transformers import AutoTokenizer
 from search_spaces import pricing
 from sweep import scoring
 from sweep.place import Place
-from sweep.preemption import Drain
+from sweep.preemption import Drain, draining_on_signals
 from sweep.study import Ledger
 from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, finish, stock_base
@@ -120,10 +124,15 @@ def raises(*texts):
     raise KeyError("nothing")
 
 
+def leaves(*texts):
+    raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
         (raises, "raised KeyError: 'nothing'"),
+        (leaves, "raised SystemExit: 3"),
         (lambda *texts: "good", "gave 'good', should be a finite number or a dict of them"),
         (lambda *texts: True, "gave True, should be"),
         (lambda *texts: None, "gave None, should be"),
@@ -178,6 +187,38 @@ def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:
     return scoring.score_winner(
         ledger, Place("/nowhere"), entry, 24, "model", "tokens", "test", found, {}, Drain(), [].append
     )
+
+
+@pytest.mark.parametrize(("hangs", "split"), [(True, "validation"), (True, "test"), (False, "test")])
+def test_a_metric_that_hangs_is_left_when_the_sweep_is_told_to_end(hangs, split, tmp_path, monkeypatch):
+    """The loss on the test rows, which was taken before, is kept."""
+    ledger, place, drain, over, notes = memory_ledger(), Place(str(tmp_path)), Drain(), Event(), []
+    winner = ledger.entry(add_trial(ledger))
+    place.paths.best.mkdir()
+    (place.paths.best / "adapter_model.safetensors").touch()
+    remote = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda adapter: adapter))
+    monkeypatch.setattr("ray.remote", lambda task: remote)
+    monkeypatch.setattr("ray.wait", lambda asked, **how: (asked, []))
+    monkeypatch.setattr("ray.get", lambda asked: [replace(SCORED, loss=2.0)] * 2)
+
+    def metric(*texts):
+        if hangs and not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            over.wait(20)
+        return 1.0
+
+    judged = ("m:f", metric)
+    with draining_on_signals(drain, 60.0, ""):
+        done = scoring.score_winner(
+            ledger, place, winner, 24, "model", "tokens", split, judged, {}, drain, notes.append
+        )
+    over.set()
+    assert drain() == hangs
+    found = scoring.scores(ledger)
+    assert done == (found is not None) == (split == "test")
+    if found is not None:
+        assert (found.loss, found.metric, found.values) == (2.0, *((None, None) if hangs else ("m:f", {"f": 1.0})))
+    assert ("metric m:f has not come to an end" in notes[-1]) == hangs
 
 
 def test_the_test_rows_are_scored_once(monkeypatch):

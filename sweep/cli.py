@@ -162,6 +162,8 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    for line in verification.advice(verification.result(outcome.ledger), outcome.place):
+        console.print(line, highlight=False, soft_wrap=True)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
     if outcome.cause:
@@ -182,7 +184,7 @@ def _report_at_the_end(outcome: "Outcome", spec: "SweepSpec", console: "Console"
         file = page.write(Status(outcome.place, spec, outcome.ledger, outcome.ledger.entries(), None))
         said = f"What it found is in {file}"
     except Exception as error:  # noqa: BLE001 - it is told, and the sweep is done
-        again = shlex.join(["python", "-m", "sweep", "report", outcome.place.url])
+        again = outcome.place.command("report")
         said = f"No report was made ({type(error).__name__}: {error}); once that is mended: {again}"
     console.print(said, highlight=False, soft_wrap=True)
 
@@ -203,12 +205,13 @@ def init(
 
     try:
         if space.exists():
-            raise ValueError(f"{space} is there already; name another file, as in: … {model} {data} other.yaml")
-        text = starter(model, data, space.absolute().parent)
+            other = shlex.join(["python", "-m", "sweep", "init", model, data, f"{space.with_suffix('')}-2.yaml"])
+            raise ValueError(f"{space} is there already; name another file: {other}")
+        text = starter(model, data, space)
         space.write_text(text)
     except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
-    print(f"{space} is written. Look at it, then: python -m sweep plan {space}")
+    print(f"{space} is written. Look at it, then: {shlex.join(['python', '-m', 'sweep', 'plan', str(space)])}")
 
 
 @app.command()

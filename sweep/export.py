@@ -267,7 +267,7 @@ def _push_best(
 
 
 def _by_hand(place: Place, repo: str) -> str:
-    return f"once the sweep has ended, upload it with: python -m sweep export {place.url} --push-to {repo}"
+    return f"once the sweep has ended, upload it with: {place.command('export', '--push-to', repo)}"
 
 
 def without_path(model: str) -> str:

@@ -7,6 +7,7 @@ whole or not at all. On a file system there is one copy and nothing to do.
 
 import hashlib
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -55,6 +56,10 @@ class Place:
     def paths(self) -> SweepPaths:
         """The directory, or this machine's copy of it."""
         return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url), self.verification)
+
+    def command(self, verb: str, *words: str) -> str:
+        """What is typed to have a verb done to the sweep that is here, ready to be pasted into a shell."""
+        return shlex.join(["python", "-m", "sweep", verb, self.url, *words])
 
     def push(self, path: Path, confirm: Callable[[], object] = lambda: None) -> None:
         """Send a file, or a directory with all that is in it, the one last that says that it is whole.

@@ -19,7 +19,7 @@ from sweep import earlier
 from sweep.early_stopping import survivors
 from sweep.progress import terminal
 from sweep.spec import SweepSpec
-from sweep.study import Ledger, Observation, SpaceExhausted, first_params, propose, sample
+from sweep.study import Ledger, Observation, SpaceExhausted, as_trial, first_params, propose, sample
 from sweep.tracking import described
 from trainables import data
 from trainables.config import QLoRAConfig, by_memory
@@ -211,9 +211,10 @@ def _configurations(spec: SweepSpec, known: Sequence[Observation]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, show_header=False)
     ledger = Ledger(InMemoryStorage(), spec.name)
     first = first_params(spec.space, spec.search.first)
+    learned = [as_trial(each, spec.space) for each in known]
     with suppress(SpaceExhausted):
         for _ in range(min(SHOWN, spec.search.trials)):
             entries, search = ledger.entries(), spec.search
-            entry = ledger.add(propose(entries, spec.space, search.sampler, search.seed, first, known))
+            entry = ledger.add(propose(entries, spec.space, search.sampler, search.seed, first, learned))
             table.add_row(f"{entry.number:03d}", described(entry.config, spec.space.searched))
     return table

@@ -21,6 +21,7 @@ from sweep.report import money
 from sweep.runner import fit_on
 from sweep.spec import Packing, SweepSpec
 from sweep.study import sample
+from sweep.tracking import described
 from trainables.config import QLoRAConfig
 from trainables.packed.slots import Measured
 from trainables.protocol import Job, OutOfMemory, Timed
@@ -47,7 +48,8 @@ class Probed:
 def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> Probed:
     """Time two optimiser steps and an evaluation of each configuration, in a process of its own.
 
-    `tokens` is what `data.prepare` made. Raises ValueError when trials cannot run on this machine.
+    `tokens` is what `data.prepare` made. Raises ValueError when trials cannot run on this machine; it names the
+    configuration that does not fit.
     """
     assert spec.model is not None
     job = Job(spec.model, str(tokens), spec.budget.per_trial)
@@ -57,7 +59,7 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
             began = time.monotonic()
             pool.submit(_imported).result()
             imports = time.monotonic() - began
-            found = {name: _timed(pool, spec, config, job) for name, config in configs.items()}
+            found = {name: _timed(pool, spec, name, config, job) for name, config in configs.items()}
             machine = {"CPU": ray._private.utils.get_num_cpus(), "GPU": next(iter(found.values()))[1].devices}
             fit = fit_on(machine, spec.resources.cpus, spec.resources.gpus)
             if not fit:
@@ -68,8 +70,6 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
             slots, gain = _packed(pool, spec, job, fit)
     except BrokenProcessPool as error:
         raise ValueError("the process that timed trials died, mostly for want of memory") from error
-    except (MemoryError, OutOfMemory) as error:
-        raise ValueError(f"a trial that was to be timed does not fit: {error}") from error
     most = min(fit * slots, spec.resources.concurrency or fit * slots, spec.search.trials)
     return Probed(
         timed={name: timed for name, (_, timed) in found.items()},
@@ -140,15 +140,28 @@ def _imported() -> None:
     importlib.import_module("trainables.probe")
 
 
-def _timed(pool: ProcessPoolExecutor, spec: SweepSpec, config: QLoRAConfig, job: Job) -> tuple[int, Timed]:
+def _timed(pool: ProcessPoolExecutor, spec: SweepSpec, name: str, config: QLoRAConfig, job: Job) -> tuple[int, Timed]:
     """How often the micro-batch had to be halved, and what a trial then takes."""
     threads, on_gpu = max(1, int(spec.resources.cpus)), spec.resources.gpus > 0
     try:
         return job.halvings, pool.submit(_call, "trainables.probe", "probe", config, job, threads, on_gpu).result()
-    except OutOfMemory:
+    except OutOfMemory as error:
         if not may_halve(config, job.halvings):
-            raise
-    return _timed(pool, spec, config, replace(job, halvings=job.halvings + 1))
+            why = f"not even with a micro-batch of {config.micro_batch(job.halvings)}: {error}"
+            raise _too_large(name, config, spec, why) from error
+    except MemoryError as error:
+        raise _too_large(name, config, spec, str(error)) from error
+    except BrokenProcessPool as error:
+        raise _too_large(name, config, spec, "the process that timed it died, mostly for want of memory") from error
+    return _timed(pool, spec, name, config, replace(job, halvings=job.halvings + 1))
+
+
+def _too_large(name: str, config: QLoRAConfig, spec: SweepSpec, why: str) -> ValueError:
+    return ValueError(
+        f"the {name} configuration, {described(config, spec.space.searched)}, does not fit on this machine ({why}). Set"
+        " gradient_checkpointing: true or a lower data.max_length, take it out of the space, or probe where there is"
+        " more memory"
+    )
 
 
 def _packed(pool: ProcessPoolExecutor, spec: SweepSpec, job: Job, fit: int) -> tuple[int, float]:
@@ -163,11 +176,16 @@ def _packed(pool: ProcessPoolExecutor, spec: SweepSpec, job: Job, fit: int) -> t
     try:
         asked = packing.to_be_measured(configs, job)
         measured: Measured = pool.submit(_call, "trainables.packed.measure", "measure", *asked, job).result()
-    except OutOfMemory:  # two do not fit
+    except (OutOfMemory, MemoryError):  # two do not fit
         return given or 1, 1.0
     slots = given or packing.fastest(measured, spec.resources.gpus, [fit], bases, most)
     return slots, measured.gain(max(1, slots // bases))
 
 
 def _call(module: str, function: str, *arguments: Any) -> Any:
-    return getattr(importlib.import_module(module), function)(*arguments)
+    """In the process of the pool, which keeps an error until the next one."""
+    try:
+        return getattr(importlib.import_module(module), function)(*arguments)
+    except OutOfMemory as error:
+        reason = str(error)  # the error itself holds on to the tensors of its frames
+    raise OutOfMemory(reason)

@@ -22,7 +22,7 @@ from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain
 from sweep.space import Space
 from sweep.study import STATES, Entry, Ledger, drawn
-from sweep.tracking import RECORDED
+from sweep.tracking import RECORDED, ROWS
 from trainables import checkpoint
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ ANSWERED = "requests"
 """Note in the ledger: the requests that were acted on, in this order, each with what came of it."""
 COMMAND = "command"
 """Note in the ledger: the command that goes on with the sweep."""
+CLOSING_SECONDS = 15.0
+"""How long the process of a trial that was stopped may take to end its W&B run; one that was killed never does."""
 WAIT_SECONDS = 8.0
 """How long whoever asks waits for an answer, which a slice of a trial may come before."""
 
@@ -84,8 +86,8 @@ def enqueued(ledger: Ledger) -> list[dict[str, Any]]:
     return [answer["params"] for answer in ledger.noted(ANSWERED) or () if answer["params"] is not None]
 
 
-def obstacle(request: Request, ledger: Ledger, space: Space) -> str | None:
-    """Why a request cannot be honoured as the ledger stands; None when it can."""
+def obstacle(request: Request, ledger: Ledger, space: Space, evaluations: int) -> str | None:
+    """Why a request cannot be honoured as the ledger stands; None when it can. `evaluations` are a whole budget."""
     entries = {entry.number: entry for entry in ledger.entries()}
     if request.verb == "enqueue":
         try:
@@ -102,6 +104,8 @@ def obstacle(request: Request, ledger: Ledger, space: Space) -> str | None:
     if request.trial not in entries:
         return f"there is no trial {request.trial}, but {len(entries)} others"
     entry = entries[request.trial]
+    if entry.state is TrialState.RUNNING and entry.reported >= evaluations:  # its driver was killed before it ended it
+        return f"trial {entry.number} has used its whole budget"
     wanted = TrialState.RUNNING if request.verb == "stop" else TrialState.PRUNED
     return None if entry.state is wanted else f"trial {entry.number} is {_state(entry)}"
 
@@ -118,21 +122,25 @@ class Requests:
         ledger: Ledger,
         place: Place,
         space: Space,
+        evaluations: int,
         *,
         since: int,
         holds: Callable[[], bool],
         drain: Drain,
         listener: "Listener",
     ) -> None:
-        """`since`: when this driver took the sweep over, ns since 1970. `holds`: whether it is still this driver's."""
+        """`evaluations` are a whole budget. `since`: when this driver took the sweep over, ns since 1970. `holds`:
+        whether it is still this driver's."""
         self._ledger = ledger
         self._place = place
         self._space = space
+        self._evaluations = evaluations
         self._since = since
         self._holds = holds
         self._drain = drain
         self._listener = listener
         self._looked = time.monotonic()
+        self._waits: dict[str, float] = {}  # time.monotonic() since when, by name of a request
         self.put_back: Callable[[int], None] = lambda number: None
         """Called with trials that are to go on."""
         self.to_stop: set[int] = set()
@@ -170,10 +178,23 @@ class Requests:
             return
         try:
             for request in found:
-                if not self._drain():  # a pause came before
+                if not self._drain() and not self._is_closing(request):  # a pause came before
                     self._act(request, active)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._drain.request("breakdown", f"The ledger cannot be written ({type(error).__name__}: {error})")
+
+    def _is_closing(self, request: Request) -> bool:
+        """Whether a trial that is to be revived must wait: the process that it had may be writing its W&B run still,
+        and its next one would write the same rows once more."""
+        if request.verb != "revive" or request.trial is None:
+            return False
+        directory = self._place.paths.trial(request.trial)
+        waits = time.monotonic() - self._waits.setdefault(request.name, time.monotonic())
+        try:
+            written = self._place.holds(directory / RECORDED) or not self._place.holds(directory / ROWS)
+        except OSError:  # the store does not answer: it is asked again
+            return True
+        return not written and waits < CLOSING_SECONDS
 
     def drained(self) -> bool:
         """Whether the sweep drains, for those who wait for something else than trials; what is asked for meanwhile is
@@ -185,7 +206,7 @@ class Requests:
         number = -1 if request.trial is None else request.trial
         if request.name in {answer["name"] for answer in self._ledger.noted(ANSWERED) or ()}:
             self._delete(request)
-        elif (why := obstacle(request, self._ledger, self._space)) is not None:
+        elif (why := obstacle(request, self._ledger, self._space, self._evaluations)) is not None:
             self.to_stop.discard(number)
             self._answer(request, why)
         elif request.verb == "stop" and number in active:
@@ -236,7 +257,7 @@ def ask(
     again = ledger.noted(COMMAND) or "the command that ran it"
     request = Request(f"{time.time_ns()}-{secrets.token_hex(4)}", verb, trial, config)
     before = waiting(place)
-    if (why := obstacle(request, ledger, found.spec.space)) is not None:
+    if (why := obstacle(request, ledger, found.spec.space, found.spec.budget.evaluations)) is not None:
         raise Refused(f"{place.url}: {why}; {ALLOWED[verb]}")
     if verb == "pause" and found.driver is None:
         raise Refused(f"{place.url} is not running; {ALLOWED[verb]}. What goes on with it: {again}")

@@ -48,6 +48,7 @@ from sweep.study import (
     Ledger,
     Observation,
     Proposal,
+    as_trial,
     first_params,
     open_journal,
     propose,
@@ -173,14 +174,21 @@ def run(
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger, too
             ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
-            known = earlier.read(ledger)
+            learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
             place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
             if ledger.noted(COMMAND) != again:
                 ledger.note(COMMAND, again)
             requests = Requests(
-                ledger, place, spec.space, since=since, holds=lease.holds, drain=drain, listener=listener
+                ledger,
+                place,
+                spec.space,
+                spec.budget.evaluations,
+                since=since,
+                holds=lease.holds,
+                drain=drain,
+                listener=listener,
             )
             requests.begin()
             first = first_params(spec.space, spec.search.first)
@@ -202,7 +210,7 @@ def run(
 
             def ask(entries: list[Entry]) -> Proposal:
                 tried_first = [*enqueued(ledger), *first]
-                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, known)
+                return propose(entries, spec.space, spec.search.sampler, spec.search.seed, tried_first, learned)
 
             def export_best() -> Entry | None:
                 tokenizer = Path(job.tokens) / data.TOKENIZER if job.tokens else None
@@ -474,7 +482,7 @@ def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, plac
         view = workspace.make(tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space)
     except Exception as error:  # noqa: BLE001 - of wandb's core process, too; it is told, and the search is done
         told = error if isinstance(error, sync.Refused | sync.Failed) else f"{type(error).__name__}: {error}"
-        listener.note(f"W&B has no view of the sweep ({told}); make it with: python -m sweep workspace {place.url}")
+        listener.note(f"W&B has no view of the sweep ({told}); make it with: {place.command('workspace')}")
     else:
         listener.note(f"The runs are laid out at {view.url}")
 
@@ -834,14 +842,15 @@ def _end_runs(
     """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget.
 
     On an object store this machine gets to have the whole runs of all ended trials that are not online. `ending` are
-    trials that this was begun for, to be passed to the next call.
+    trials that this was begun for, to be passed to the next call: by Optuna's number, for one that is revived gets
+    another end.
     """
     if tracked.mode == "disabled":
         return
     for entry in _without_end(ledger, place, needed=tracked.mode):
-        if entry.number in ending:
+        if entry.trial.number in ending:
             continue
-        ending.add(entry.number)
+        ending.add(entry.trial.number)
         directory = place.paths.trial(entry.number)
         place.pull_log(directory / tracking.ROWS)
         steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}

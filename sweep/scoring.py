@@ -4,10 +4,16 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from typing import Any, Literal
+
+import psutil
 
 from sweep.place import Place
 from sweep.study import Entry, Ledger
@@ -77,14 +83,19 @@ def trouble(ledger: Ledger) -> list[str]:
 def find_metric(name: str) -> Metric:
     """The function called `package.module:function`, seen from the working directory or installed.
 
-    Raises ValueError that says why there is none.
+    A module that was imported before, as in a notebook, is read anew when its file has changed. Raises ValueError that
+    says why there is none.
     """
     module, _, function = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # it is there with `python -m`
         sys.path.append(here)
     try:
-        found: Metric = getattr(importlib.import_module(module), function)
+        before = sys.modules.get(module)
+        loaded = importlib.import_module(module)
+        if loaded is before and _has_changed(loaded):
+            loaded = importlib.reload(loaded)
+        found: Metric = getattr(loaded, function)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f"metric: {name} cannot be imported ({type(error).__name__}: {error}); it should be a function of a module"
@@ -95,11 +106,19 @@ def find_metric(name: str) -> Metric:
     return found
 
 
+def _has_changed(module: ModuleType) -> bool:
+    """Whether its file has changed since this process began."""
+    spec = module.__spec__
+    if spec is None or spec.origin is None or not spec.has_location:  # of a notebook's cell, or built in
+        return False
+    return Path(spec.origin).stat().st_mtime > psutil.Process().create_time()
+
+
 def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
     """What the metric gives, by name; a single number has the function's. Raises ValueError that says what is wrong."""
     try:
         given = metric(list(scored.prompts), list(scored.references), list(scored.completions))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"raised {type(error).__name__}: {error}") from error
     named = given if isinstance(given, Mapping) else {name.partition(":")[2]: given}
     for value in (*named.values(), *([] if named else [given])):
@@ -188,15 +207,44 @@ def score_winner(
         trouble=None,
     )
     if metric is not None and completions:
-        name, function = metric
-        found = replace(found, metric=name, values=None, base_values=None, trouble=None)
-        try:
-            found = replace(found, values=values_of(name, function, adapted))
-            found = replace(found, base_values=values_of(name, function, base))
-        except ValueError as error:
-            found = replace(found, trouble=str(error))
+        judged = _beside(partial(_judged, found, *metric, adapted, base), drained)
+        if judged is None:
+            note(f"metric {metric[0]} has not come to an end; the command that runs the sweep asks it again")
+            if not loss:
+                return False
+        found = judged or found
     ledger.note("scores", [asdict(each) for each in recorded if each != mine] + [asdict(found)])
     return True
+
+
+def _judged(found: Scores, name: str, metric: Metric, adapted: Scored, base: Scored) -> Scores:
+    """The scores with what the metric gives for the winner and the base, or why it gives nothing."""
+    found = replace(found, metric=name, values=None, base_values=None, trouble=None)
+    try:
+        found = replace(found, values=values_of(name, metric, adapted))
+        return replace(found, base_values=values_of(name, metric, base))
+    except ValueError as error:
+        return replace(found, trouble=str(error))
+
+
+def _beside(work: Callable[[], Scores], drained: Callable[[], bool]) -> Scores | None:
+    """What somebody's code gives; None when the sweep drains before.
+
+    It has a thread of its own, which may be left: this one, the main thread, is where Python handles signals.
+    """
+    answer: Future[Scores] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the answer is waited for
+            answer.set_exception(error)
+
+    Thread(target=run, name="metric", daemon=True).start()
+    while not wait([answer], timeout=0.2).done:
+        if drained():
+            return None
+    return answer.result()
 
 
 def _recorded(ledger: Ledger) -> list[Scores]:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +22,12 @@ SHARE = 0.9
 """Of a device's memory that a trial may take."""
 
 
-def starter(model: str, train: str, directory: Path) -> str:
-    """The text of a YAML file in a directory, from where it names model and rows.
+def starter(model: str, train: str, file: Path) -> str:
+    """The text of a YAML `file`, from whose directory it names model and rows.
 
     Raises `trainables.data.DataError` when these cannot be used.
     """
+    directory, named = file.absolute().parent, shlex.quote(str(file))
     memory = importlib.import_module("trainables.memory")
     rows = DataConfig(train=train, validation=0.05, max_length=2**20)
     with TemporaryDirectory(prefix="qlora-init-") as scratch:
@@ -51,8 +53,8 @@ def starter(model: str, train: str, directory: Path) -> str:
     else:
         rates = "{min: 2e-5, max: 5e-4, log: true}" if large else "{min: 4e-5, max: 1e-3, log: true}"
         why = f"[QLoRA] used {'1e-4 for 33B and 65B' if large else '2e-4 for 7B and 13B'}: a factor of 5 to both sides"
-    return f"""# python -m sweep plan space.yaml     says what it would do
-# python -m sweep run space.yaml      does it
+    return f"""# python -m sweep plan {named}     says what it would do
+# python -m sweep run {named}      does it
 #
 # A start for {Path(model).name} on {Path(train).name}: {count:,} rows, the longest has {longest:,} tokens; {device}.
 # Sources: [QLoRA] Dettmers et al. 2023, arXiv:2305.14314; [LoRA] Hu et al. 2021, arXiv:2106.09685.

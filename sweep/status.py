@@ -158,7 +158,8 @@ def show(console: Console, status: Status) -> None:
     if entries:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
     machines = machine(status.memory, status.gpu_load)
-    for line in [*report.conclusion(status.ledger), *scoring.trouble(status.ledger), *machines]:
+    advice = verification.advice(verification.result(status.ledger), status.place)
+    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""

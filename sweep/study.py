@@ -30,6 +30,8 @@ from trainables.protocol import Cost
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study that is made
 
+PART = 30_000
+"""Characters of one part of a note; a database may take no more than 65,535 bytes (MySQL's TEXT), quotes escaped."""
 RESAMPLES = 10
 """How often the sampler is asked anew when it proposes a configuration that the ledger already has."""
 RANDOM_RESAMPLES = 200
@@ -55,7 +57,7 @@ class Entry:
 
     @property
     def number(self) -> int:
-        """That under which it was begun; see `Ledger.revive`."""
+        """0 for the first; Optuna's own, until a trial is revived (`Ledger.revive`)."""
         return _number(self.trial)
 
     @property
@@ -123,7 +125,7 @@ def _config(recorded: str) -> QLoRAConfig:
 
 
 def _number(trial: FrozenTrial) -> int:
-    number: int = trial.user_attrs.get("revives", trial.number)
+    number: int = trial.user_attrs.get("number", trial.number)
     return number
 
 
@@ -186,7 +188,9 @@ class Ledger:
 
     def add(self, proposal: "Proposal") -> Entry:
         """Write a proposed trial, RUNNING from now on, in one append."""
-        return self._add(proposal.params, proposal.distributions, {"config": proposal.config.model_dump_json()}, {})
+        number = max((_number(trial) for trial in self._frozen()), default=-1) + 1
+        attributes = {"config": proposal.config.model_dump_json(), "number": number}
+        return self._add(proposal.params, proposal.distributions, attributes, {})
 
     def revive(self, number: int) -> Entry:
         """Have a trial that was stopped run on, as one that was interrupted would, in one append.
@@ -197,7 +201,7 @@ class Ledger:
         trial = self.entry(number).trial
         known = {key: value for key, value in trial.user_attrs.items() if key != "reason"}
         rung = max(trial.intermediate_values, default=0)
-        attributes = known | {"revives": number, "promoted": rung}
+        attributes = known | {"number": number, "promoted": rung}
         return self._add(trial.params, trial.distributions, attributes, trial.intermediate_values)
 
     def _add(
@@ -264,12 +268,31 @@ class Ledger:
         self._end(number, TrialState.FAIL, reason)
 
     def note(self, key: str, value: Any) -> None:
-        """Write a fact about the whole sweep (a JSON value)."""
-        self._storage.set_study_user_attr(self._study._study_id, key, value)
+        """Write a fact about the whole sweep (a JSON value); a kill leaves all of it or what was noted before.
+
+        A long one is written in parts, of which the one that is written last says where the others are.
+        """
+        text = json.dumps(value)
+        before = self._study.user_attrs.get(f"{key}/parts")
+        if before is None and len(text) <= PART:
+            self._write(key, value)
+            return
+        side = 1 - before["side"] if before else 0  # those that are read stay as they are
+        parts = [text[at : at + PART] for at in range(0, len(text), PART)]
+        for number, part in enumerate(parts):
+            self._write(f"{key}/{side}/{number}", part)
+        self._write(f"{key}/parts", {"side": side, "count": len(parts)})
 
     def noted(self, key: str) -> Any:
         """What `note` wrote, None when it did not."""
-        return self._study.user_attrs.get(key)
+        notes = self._study.user_attrs
+        written = notes.get(f"{key}/parts")
+        if written is None:
+            return notes.get(key)
+        return json.loads("".join(notes[f"{key}/{written['side']}/{number}"] for number in range(written["count"])))
+
+    def _write(self, key: str, value: Any) -> None:
+        self._storage.set_study_user_attr(self._study._study_id, key, value)
 
     def _end(self, number: int, state: TrialState, reason: str) -> None:
         self._storage.set_trial_user_attr(self._id(number), "reason", reason)
@@ -401,8 +424,8 @@ def observed(entry: Entry, space: Space) -> Observation | None:
     return Observation(params, entry.losses[entry.reported], entry.reported)
 
 
-def _as_trial(observation: Observation, space: Space) -> FrozenTrial:
-    """As Optuna would have it after running it."""
+def as_trial(observation: Observation, space: Space) -> FrozenTrial:
+    """As Optuna would have it after running it. ValueError when it lies outside of the space."""
     proposal = drawn(observation.params, space)
     at, loss = observation.stopped_at, observation.loss
     return optuna.create_trial(
@@ -444,14 +467,14 @@ def propose(
     sampler: Sampler,
     seed: int,
     first: Sequence[Mapping[str, Any]],
-    known: Sequence[Observation] = (),
+    known: Sequence[FrozenTrial] = (),
 ) -> Proposal:
     """The configuration to try next, a function of the ledger's entries, the space and the seed alone.
 
     `first` (Optuna parameters) is handed out before the sampler is asked, which learns from the entries and from what
-    was `known` before them. It is seeded anew for every trial and works on a copy in memory, so that a kill at any
-    moment changes nothing. A configuration that an entry already has is never proposed again (what was known may be:
-    only so can it win this sweep); raises `SpaceExhausted` when none is left.
+    was `known` before them (`as_trial`). It is seeded anew for every trial and works on a copy in memory, so that a
+    kill at any moment changes nothing. A configuration that an entry already has is never proposed again (what was
+    known may be: only so can it win this sweep); raises `SpaceExhausted` when none is left.
     """
     tried = {entry.config for entry in entries}
     wanted = (drawn(params, space) for params in first)
@@ -468,7 +491,7 @@ def sample(space: Space, count: int, seed: int) -> list[QLoRAConfig]:
 
 
 def _draws(
-    entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, known: Sequence[Observation]
+    entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, known: Sequence[FrozenTrial]
 ) -> Iterator[Proposal]:
     """Candidates in the order in which they are considered, those that were tried among them."""
     number = len(entries)
@@ -479,7 +502,7 @@ def _draws(
     study = blank
     if sampler != "random":  # which learns nothing from them; they are copied one by one
         study = optuna.create_study(direction="minimize")
-        study.add_trials([*(_as_trial(each, space) for each in known), *(entry.trial for entry in entries)])
+        study.add_trials([*known, *(entry.trial for entry in entries)])
     for attempt in range(RESAMPLES):
         yield _ask(study, space, _sampler(sampler, _seed(seed, number, attempt)))
     for attempt in range(RESAMPLES, RESAMPLES + RANDOM_RESAMPLES):

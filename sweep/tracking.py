@@ -14,6 +14,7 @@ so they are right after any kill.
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -300,7 +301,7 @@ def _record(
                 _write(tracking, mode, run_id, name, config, logged(rows.parent), _all_of(received, queue))
             except Exception as error:
                 logger.debug("run %s", run_id, exc_info=True)
-                kept = f"rows are kept, upload them with `python -m sweep sync {tracking.directory}`"
+                kept = f"rows are kept, upload them with `python -m sweep sync {shlex.quote(tracking.directory)}`"
                 _fail(f"{_reason(error, run_id)}; {kept}")
                 _end_wandb()
             else:
@@ -357,7 +358,7 @@ def _write(
     except TimeoutError:
         _fail(
             f"uploading was cut off after {FINISH_SECONDS:g} s; all rows are kept, "
-            f"`python -m sweep sync {tracking.directory}` sends those that are missing"
+            f"`python -m sweep sync {shlex.quote(tracking.directory)}` sends those that are missing"
         )
 
 

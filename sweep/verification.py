@@ -11,6 +11,7 @@ from typing import Literal
 
 from optuna.trial import TrialState
 
+from sweep.place import Place
 from sweep.study import Entry, Ledger, Proposal, SpaceExhausted, ranking
 from trainables.config import QLoRAConfig
 
@@ -111,14 +112,26 @@ def lines(found: Verification | None) -> list[str]:
         told.append(
             f"Tied within noise where p of Welch's t-test against the winner is at least {_level(others):.3g}{together}"
         )
-    lower = [each for each in found.configurations if each.verdict == "lower"]
-    if lower:
-        lowest = min(lower, key=lambda each: each.mean or 0.0)
+    if better := _better(found):
         told.append(
-            f"Trial {lowest.trial:03d} has a lower mean than the winner, beyond noise. best/ stays what the search"
-            f" chose; take the other one home with: python -m sweep export DIR --trial {lowest.trial}"
+            f"Trial {better.trial:03d} has a lower mean than the winner, beyond noise."
+            " best/ stays what the search chose"
         )
     return told
+
+
+def advice(found: Verification | None, place: Place) -> list[str]:
+    """The command that takes home what is better than the winner, if so. Not for others to read: it names a place."""
+    better = _better(found)
+    if better is None:
+        return []
+    return [f"Take trial {better.trial:03d} home with: {place.command('export', '--trial', str(better.trial))}"]
+
+
+def _better(found: Verification | None) -> Verified | None:
+    """The configuration with the lowest mean, of those that are better than the winner beyond noise."""
+    lower = [each for each in found.configurations if each.verdict == "lower"] if found else []
+    return min(lower, key=lambda each: each.mean or 0.0, default=None)
 
 
 def _with_seed(config: QLoRAConfig, seed: int) -> QLoRAConfig:

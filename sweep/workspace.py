@@ -55,9 +55,7 @@ def make_for(found: Status) -> View:
     directory, spec = str(found.place.paths.tracking), found.spec
     kept = tracking.kept_offline(directory)
     if kept and kept == len(tracking.run_ids(directory)):
-        raise Refused(
-            f"W&B has none of its runs ({kept}) yet; upload them first: python -m sweep sync {found.place.url}"
-        )
+        raise Refused(f"W&B has none of its runs ({kept}) yet; upload them first: {found.place.command('sync')}")
     project = spec.tracking.project or spec.name
     return make(project, spec.tracking.entity, spec.name, found.ledger.noted("sweep_id"), spec.space)
 

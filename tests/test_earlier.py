@@ -6,7 +6,7 @@ import pytest
 
 from sweep import earlier
 from sweep.spec import SpecError, load
-from sweep.study import Observation, observed, propose, ranking
+from sweep.study import Observation, as_trial, observed, propose, ranking
 from tests import sweeps
 from tests.ledgers import add_trial, memory_ledger
 
@@ -28,7 +28,7 @@ def poor(number: int) -> Observation:
 
 
 def test_proposals_lie_where_earlier_losses_were_low(searched):
-    known = [*(good(n) for n in range(6)), *(poor(n) for n in range(12))]
+    known = [as_trial(each, searched) for each in (*map(good, range(6)), *map(poor, range(12)))]
     told = [propose([], searched, "tpe", seed, (), known).config for seed in range(8)]
     untold = [propose([], searched, "tpe", seed, ()).config for seed in range(8)]
     assert sum(config.learning_rate > 3e-4 for config in told) >= 7
@@ -43,8 +43,9 @@ def test_proposals_are_a_function_of_the_ledger_and_what_it_notes(searched, samp
     earlier.write(ledger, known)
     read = earlier.read(ledger)
     assert read == known
+    found = [[as_trial(each, searched) for each in those] for those in (read, known)]
     for _ in range(3):
-        one, other = (propose(ledger.entries(), searched, sampler, 3, (), each) for each in (read, known))
+        one, other = (propose(ledger.entries(), searched, sampler, 3, (), each) for each in found)
         assert one.config == other.config
         entry = ledger.add(one)
         ledger.report(entry.number, 1, 2.0)
@@ -58,9 +59,10 @@ def test_what_was_known_may_be_tried_again_and_first_comes_first(space):
     space.write_text(text.replace("[4, 8, 16, 32]", "[8, 16]").replace("[1, 2]", "[1]"))
     searched = load(space).space
     known = [Observation({"r": r, "alpha/r": 1, "quant_type": "nf4"}, 1.0, None) for r in (8, 16)]
+    trials = [as_trial(each, searched) for each in known]
     ledger = memory_ledger()
-    ledger.add(propose([], searched, "tpe", 0, [known[1].params], known))
-    ledger.add(propose(ledger.entries(), searched, "tpe", 0, [known[1].params], known))
+    ledger.add(propose([], searched, "tpe", 0, [known[1].params], trials))
+    ledger.add(propose(ledger.entries(), searched, "tpe", 0, [known[1].params], trials))
     assert [entry.config.r for entry in ledger.entries()] == [16, 8]
 
 
@@ -155,6 +157,6 @@ def test_read_once(undisturbed, tmp_path):
     entries = sweeps.entries(space)
     assert [entry.state.is_finished() for entry in entries] == [True] * 4
     spec = load(space)
-    known = [each for each in (observed(entry, spec.space) for entry in undisturbed[2]) if each]
+    known = [as_trial(each, spec.space) for entry in undisturbed[2] if (each := observed(entry, spec.space))]
     proposed = propose(entries[:3], spec.space, "tpe", 5, (), known)
     assert proposed.config == entries[3].config

@@ -1,16 +1,19 @@
 """What a sweep takes, in hours and money: before it is started, and when it has ended."""
 
 import io
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from sweep import report
+from sweep import probe, report
 from sweep.probe import Probed, sweep_seconds, told
 from sweep.spec import load
 from tests.ledgers import add_trial, memory_ledger
 from trainables.config import QLoRAConfig
-from trainables.protocol import Cost, Timed
+from trainables.protocol import Cost, Job, OutOfMemory, Timed
 
 TIMED = Timed("a CPU", devices=0, start=10.0, step=2.0, evaluation=5.0)
 
@@ -40,6 +43,42 @@ def test_what_is_told(space):
     assert lines["hours"] == [f"{low / 3600:.2f} to {high / 3600:.2f} on this machine, {together}"]
     assert lines["cost"] == [f"{low / 100:.2f} to {high / 100:.2f}, at 36 an hour"]
     assert "cost" not in told(probed, load(space), configs, [9, 3, 3], rows=480)
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "tried"),
+    [
+        (OutOfMemory("CUDA out of memory"), "not even with a micro-batch of 1: CUDA out of memory", [8, 4, 2, 1]),
+        (MemoryError("no room for the model"), "no room for the model", [8]),
+        (BrokenProcessPool(), "the process that timed it died, mostly for want of memory", [8]),
+    ],
+)
+def test_what_does_not_fit_is_named(space, error, why, tried):
+    rows = []
+
+    def submit(call, module, function, config, job, *how):
+        rows.append(config.micro_batch(job.halvings))
+        answer = Future()
+        answer.set_exception(error)
+        return answer
+
+    config, job = QLoRAConfig(r=32, batch_size=8), Job("model", "tokens", load(space).budget.per_trial)
+    with pytest.raises(ValueError, match="the heaviest configuration, r32 ") as caught:
+        probe._timed(SimpleNamespace(submit=submit), load(space), "heaviest", config, job)
+    assert f"does not fit on this machine ({why}). Set gradient_checkpointing: true or" in str(caught.value)
+    assert rows == tried
+
+
+def test_an_error_that_is_kept_keeps_no_tensors(monkeypatch):
+    """Those of its frames and of what it came from would take the room of the next attempt."""
+
+    def fail(*arguments):
+        raise OutOfMemory("CUDA out of memory") from RuntimeError("with tensors in its frames")
+
+    monkeypatch.setattr("trainables.toy.start", fail)
+    with pytest.raises(OutOfMemory, match="CUDA") as caught:
+        probe._call("trainables.toy", "start")
+    assert caught.value.__cause__ is caught.value.__context__ is None
 
 
 @pytest.mark.parametrize(("amount", "shown"), [(0.004216, "0.0042"), (0.5, "0.5"), (1234.567, "1,234.57")])

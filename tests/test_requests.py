@@ -13,6 +13,7 @@ from sweep.early_stopping import settle
 from sweep.place import Place
 from sweep.preemption import Drain
 from sweep.requests import BY_HAND, Requests, enqueued, waiting
+from sweep.search import LedgerSearcher
 from sweep.study import drawn, open_journal, propose, ranking
 from tests import sweeps
 from tests.ledgers import memory_ledger
@@ -51,7 +52,7 @@ def driver(sweep, ledger, put_back=None):
     told = SimpleNamespace(note=lambda line: None, ended=lambda entry: None)
     spec = specs.load(sweep / "space.yaml")
     place = Place(str(sweep))
-    ours = Requests(ledger, place, spec.space, since=2, holds=lambda: True, drain=Drain(), listener=told)
+    ours = Requests(ledger, place, spec.space, 9, since=2, holds=lambda: True, drain=Drain(), listener=told)
     ours.put_back = put_back or ours.put_back
     ours.begin()
     return ours
@@ -152,8 +153,9 @@ def test_a_revived_trial_counts_once_and_passes_its_rungs(sweep):
     assert ledger.entry(1).trial.value == 1.0
     added = ask(ledger, spec)
     ledger.report(added.number, 1, 9.0)
-    assert added.number not in range(3)
-    assert [entry.number for entry in reopened(sweep).entries()] == [0, 1, 2, added.number]
+    assert added.number == 3  # without a gap, though Optuna has two trials more
+    assert ask(ledger, spec).number == 4
+    assert [entry.number for entry in reopened(sweep).entries()] == [0, 1, 2, 3, 4]
     assert reopened(sweep).entry(added.number).losses == {1: 9.0}
     for_figures = findings.derived(ledger.entries(), {1: (1.0,), added.number: (9.0,)}, {})
     assert {trial.number: trial.value for trial in for_figures.trials if trial.values} == {1: 1.0, added.number: 9.0}
@@ -252,6 +254,73 @@ def test_a_revived_trial_is_handed_out_and_its_wandb_run_gets_another_end(sweep)
     ours.look(())
     assert back == [1]
     assert not mark.exists()
+
+
+def test_a_trial_is_revived_once_its_last_process_has_written_its_wandb_run(sweep, monkeypatch):
+    """Else both would write the same rows. A process that was killed is not waited for."""
+    ledger, back = reopened(sweep), []
+    ours = driver(sweep, ledger, back.append)
+    rows = sweep / "trials/001/rows.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.touch()
+    verb("revive", sweep, "--trial", 1)
+    ours.look(())
+    assert (back, ledger.entry(1).state) == ([], TrialState.PRUNED)
+    (sweep / "trials/001/rows.recorded").write_text("offline")
+    ours.look(())
+    assert back == [1]
+    assert not (sweep / "trials/001/rows.recorded").exists()
+    ledger.stop(1, BY_HAND)
+    verb("revive", sweep, "--trial", 1)
+    ours.look(())
+    assert back == [1]
+    monkeypatch.setattr("sweep.requests.CLOSING_SECONDS", 0.0)
+    ours.look(())
+    assert back == [1, 1]
+
+
+def test_a_revived_trial_gets_another_end_in_wandb(sweep, monkeypatch):
+    """Also when this driver had written its first one, for a process that was killed."""
+    ledger, place, ending, ends = reopened(sweep), Place(str(sweep)), set(), []
+    (sweep / "trials/001").mkdir(parents=True)
+    (sweep / "trials/001/rows.jsonl").touch()
+    tracked = runner.tracking.resolve("toy", None, "toy", "offline", sweep)
+    monkeypatch.setattr(runner.tracking, "start", lambda *run: None)
+    monkeypatch.setattr(runner.tracking, "finish", lambda run, state, facts: ends.append(facts["stop_reason"]))
+    for reason in (ledger.entry(1).reason, BY_HAND):
+        for _ in range(2):
+            runner._end_runs(ledger, place, tracked, ("r",), "", 9, 1, ending)
+        assert ends[-1] == reason
+        ledger.revive(1)
+        ledger.stop(1, BY_HAND)
+    assert len(ends) == 2
+
+
+def test_a_trial_that_has_used_its_budget_is_complete_whatever_was_asked(sweep):
+    """Its driver was killed before it wrote that down."""
+    ledger = reopened(sweep)
+    assert verb("stop", sweep, "--trial", 2)[0] == 0
+    for evaluation in range(2, 10):
+        ledger.report(2, evaluation, 1.8)
+    assert (
+        "trial 2 has used its whole budget; a trial can be stopped until it ends"
+        in verb("stop", sweep, "--trial", 2)[1]
+    )
+    driver(sweep, ledger)
+    assert ledger.entry(2).state is TrialState.RUNNING
+    assert ledger.noted("requests")[-1]["outcome"] == "trial 2 has used its whole budget"
+    searcher = LedgerSearcher(
+        ledger,
+        trials=3,
+        concurrency=1,
+        propose=lambda entries: None,
+        settle=lambda number: settle(ledger, number, **RULE),
+        assign=lambda entry: entry.number,
+        drain=Drain(),
+        started=lambda entry: None,
+    )
+    assert ledger.entry(2).state is TrialState.COMPLETE
+    assert searcher.suggest("0") == LedgerSearcher.FINISHED
 
 
 @pytest.mark.parametrize(

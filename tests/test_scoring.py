@@ -1,8 +1,12 @@
 """What the winner writes, and what a metric makes of it."""
 
 import math
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +17,14 @@ from transformers import AutoTokenizer
 from search_spaces import pricing
 from sweep import scoring
 from sweep.place import Place
-from sweep.preemption import Drain
+from sweep.preemption import Drain, draining_on_signals
 from sweep.study import Ledger
 from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, finish, stock_base
 from tests.test_qlora_sft import tiny as tiny  # a fixture
 from trainables import data, qlora_sft
-from trainables.protocol import Job, Scored
+from trainables.packed import base
+from trainables.protocol import Job, OutOfMemory, Scored
 from trainables.scoring import score
 
 
@@ -76,6 +81,33 @@ def test_only_what_is_asked_for(tiny, trained):
     assert score(tiny.model, CONFIG, None, tokens, "validation", **asked).loss is None
 
 
+def test_memory_that_runs_out_halves_what_is_scored_together(tiny, trained, monkeypatch):
+    """Down to a single row; what is found is the same."""
+    adapter, tokens = (trained[0] / qlora_sft.ADAPTER).read_bytes(), Path(tiny.tokens)
+    asked = (tiny.model, CONFIG, adapter, tokens, "validation")
+    whole = score(*asked, halvings=0, loss=True, completions=True)
+    roomy, free, tried = base.label_losses, base.Base.continuations, []
+
+    def scarce(rows: int, work, *arguments):
+        tried.append(rows)
+        if rows > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(*arguments)
+
+    monkeypatch.setattr(base, "label_losses", lambda model, rows: scarce(len(rows.input_ids), roomy, model, rows))
+    monkeypatch.setattr(base.Base, "continuations", lambda *given: scarce(len(given[2]), free, *given))
+    for fits in (3, 1):
+        tried.clear()
+        scored = score(*asked, halvings=0, loss=True, completions=True)
+        assert scored.loss == pytest.approx(whole.loss, abs=1e-6)
+        assert (scored.references, scored.completions) == (whole.references, whole.completions)
+        assert sum(rows for rows in tried if rows <= fits) == 2 * whole.rows  # nothing twice
+        assert sum(rows > fits for rows in tried) < 12
+    fits = 0
+    with pytest.raises(OutOfMemory, match=r"a single row of \d+ tokens does not fit beside the model; free memory"):
+        score(*asked, halvings=0, loss=True, completions=False)
+
+
 SCORED = Scored(2, None, ("a", "b"), ("100", "1,000"), ("$90.5", "no idea"))
 
 
@@ -92,10 +124,15 @@ def raises(*texts):
     raise KeyError("nothing")
 
 
+def leaves(*texts):
+    raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
         (raises, "raised KeyError: 'nothing'"),
+        (leaves, "raised SystemExit: 3"),
         (lambda *texts: "good", "gave 'good', should be a finite number or a dict of them"),
         (lambda *texts: True, "gave True, should be"),
         (lambda *texts: None, "gave None, should be"),
@@ -129,6 +166,20 @@ def test_a_metric_that_is_not_there(name, message):
     assert message in str(caught.value)
 
 
+def test_a_metric_that_was_edited_meanwhile(tmp_path, monkeypatch):
+    """In a notebook, between two sweeps; a module that stayed as it was keeps its state."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "metric_of_mine.py"
+    for text, value in (("1.0", 1.0), ("2.0 + 1.0", 3.0)):
+        file.write_text(f"def metric(*texts):\n    return {text}\n")
+        found = scoring.find_metric("metric_of_mine:metric")
+        assert scoring.values_of("m:f", found, SCORED) == {"f": value}
+    assert scoring.find_metric("search_spaces.pricing:errors") is pricing.errors
+    assert scoring.find_metric("math:fsum") is math.fsum
+    monkeypatch.setattr("__main__.metric", raises, raising=False)
+    assert scoring.find_metric("__main__:metric") is raises
+
+
 def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:
     """Ask for the scores of a trial; Ray, which is not running, would have to be asked for new ones."""
     found = None if metric is None else (metric, pricing.errors)
@@ -136,6 +187,38 @@ def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:
     return scoring.score_winner(
         ledger, Place("/nowhere"), entry, 24, "model", "tokens", "test", found, {}, Drain(), [].append
     )
+
+
+@pytest.mark.parametrize(("hangs", "split"), [(True, "validation"), (True, "test"), (False, "test")])
+def test_a_metric_that_hangs_is_left_when_the_sweep_is_told_to_end(hangs, split, tmp_path, monkeypatch):
+    """The loss on the test rows, which was taken before, is kept."""
+    ledger, place, drain, over, notes = memory_ledger(), Place(str(tmp_path)), Drain(), Event(), []
+    winner = ledger.entry(add_trial(ledger))
+    place.paths.best.mkdir()
+    (place.paths.best / "adapter_model.safetensors").touch()
+    remote = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda adapter: adapter))
+    monkeypatch.setattr("ray.remote", lambda task: remote)
+    monkeypatch.setattr("ray.wait", lambda asked, **how: (asked, []))
+    monkeypatch.setattr("ray.get", lambda asked: [replace(SCORED, loss=2.0)] * 2)
+
+    def metric(*texts):
+        if hangs and not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            over.wait(20)
+        return 1.0
+
+    judged = ("m:f", metric)
+    with draining_on_signals(drain, 60.0, ""):
+        done = scoring.score_winner(
+            ledger, place, winner, 24, "model", "tokens", split, judged, {}, drain, notes.append
+        )
+    over.set()
+    assert drain() == hangs
+    found = scoring.scores(ledger)
+    assert done == (found is not None) == (split == "test")
+    if found is not None:
+        assert (found.loss, found.metric, found.values) == (2.0, *((None, None) if hangs else ("m:f", {"f": 1.0})))
+    assert ("metric m:f has not come to an end" in notes[-1]) == hangs
 
 
 def test_the_test_rows_are_scored_once(monkeypatch):

@@ -30,11 +30,13 @@ def test_what_is_written_runs(inputs, tmp_path):
     assert told.returncode == 0, told.stderr
     assert "python -m sweep plan space.yaml" in told.stdout
     text = (tmp_path / "space.yaml").read_text()
+    assert text.startswith("# python -m sweep plan space.yaml ")
     assert "64 rows, the longest has" in text
     assert "gradient_checkpointing: false" in text
     again = init(tmp_path, str(inputs / "llama"), "2024.jsonl")
     assert again.returncode == 2
-    assert "space.yaml is there already" in again.stderr
+    another = f"python -m sweep init {inputs}/llama 2024.jsonl space-2.yaml"
+    assert again.stderr == f"space.yaml is there already; name another file: {another}\n"
     assert (tmp_path / "space.yaml").read_text() == text
     quick = ("--set", "budget.steps=9", "--set", "search.trials=2", "--set", "packing.slots=1")
     done = sweeps.run(tmp_path / "space.yaml", *quick)

@@ -4,11 +4,12 @@ import warnings
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from sweep.space import Space
 from sweep.spec import load
-from sweep.study import SpaceExhausted, open_journal, propose, ranking, read_journal
+from sweep.study import Ledger, SpaceExhausted, open_journal, propose, ranking, read_journal
 from tests.ledgers import add_trial, memory_ledger
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost, Evaluation, Slice, Step
@@ -106,6 +107,49 @@ def test_a_proposal_is_one_append(tmp_path):
     before = path.read_bytes().count(b"\n")
     ledger.add(propose(ledger.entries(), searched, "tpe", 0, ()))
     assert path.read_bytes().count(b"\n") == before + 1
+
+
+def notes(file) -> dict[str, str]:
+    """What a database has of them, as it is stored."""
+    with sqlalchemy.create_engine(f"sqlite:///{file}").connect() as database:
+        return dict(database.execute(sqlalchemy.text("SELECT key, value_json FROM study_user_attributes")).all())
+
+
+def test_a_long_note_is_kept_in_parts_that_any_database_takes(tmp_path):
+    file = tmp_path / "ledger.db"
+    ledger = Ledger.at_url(f"sqlite:///{file}", "t")
+    short, long = [{"name": 'a "quoted" ä'}], [{"name": f'\\ "ä" {number}', "loss": 0.1} for number in range(6000)]
+    ledger.note("requests", short)
+    assert notes(file)["requests"]
+    for value in (long, short, [*long, *short]):  # one that was long may get short again
+        ledger.note("requests", value)
+        assert ledger.noted("requests") == Ledger.at_url(f"sqlite:///{file}", "t").noted("requests") == value
+    kept = notes(file)
+    assert max(len(value.encode()) for value in kept.values()) < 65_535  # a TEXT of MySQL
+    assert len(kept) > 10
+    ledger.note("command", "run")
+    assert ledger.noted("command") == "run"
+    assert ledger.noted("parts") is None
+
+
+def test_a_kill_in_the_middle_of_a_long_note_leaves_the_one_before(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "study.log", Ledger._write, 0
+
+    def killed(ledger, key, value):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise KeyboardInterrupt
+        write(ledger, key, value)
+
+    for before in (["short"], ["long"] * 9000, ["longer"] * 12000):
+        ledger, room = open_journal(path, "t"), 2
+        ledger.note("requests", before)
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "_write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.note("requests", ["another"] * 10000)
+        assert open_journal(path, "t").noted("requests") == before
 
 
 def test_torn_last_line_is_cut_off(tmp_path):

@@ -19,8 +19,8 @@ def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
     """Write the model `base` with the adapter in a directory, in bf16, to another one.
 
     It is made in the host's memory: the device may have room for the base in 4 bits alone. Raises ValueError when it
-    cannot be merged. Returns the mean cross-entropy per supervised token of the validation rows of `tokens`, which are
-    the sweep's.
+    cannot be merged, `OutOfMemory` when a single row does not fit beside it. Returns the mean cross-entropy per
+    supervised token of the validation rows of `tokens`, which are the sweep's.
     """
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
     if getattr(loaded, "is_quantized", False):

@@ -50,7 +50,7 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
     `tokens` is what `data.prepare` made. Raises ValueError when trials cannot run on this machine.
     """
     assert spec.model is not None
-    job = Job(spec.model, str(tokens), spec.budget.per_trial)
+    job = Job(spec.model, str(tokens), spec.budget.per_trial, completions=spec.completions)
     prepare = partial(_prepare, spec.resources.gpus)
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as pool:

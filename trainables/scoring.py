@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from trainables import data
 from trainables import model as models
+from trainables.answers import Answers
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work
 from trainables.protocol import Scored
-from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, rows_of_evaluation, set_weights
+from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, set_weights
 
 
 def score(
@@ -53,24 +53,12 @@ def score(
             )
         if not completions:
             return Scored(len(rows), found)
-        tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
-        pairs = data.with_answers(rows)
-        longest = max(len(reference) for _, reference in pairs)
-        ends = base.ends() | ({tokenizer.eos_token_id} - {None})
-        lengths = np.array([len(prompt) + longest for prompt, _ in pairs])
-        written: dict[int, list[int]] = {}
-        for numbers in rows_of_evaluation(lengths, SCORED_AT_ONCE[device.type] >> halvings):
-            some = [pairs[number][0] for number in numbers]
-            continued = base.continuations(worker, some, prepared.pad_token_id, ends, longest)
-            written |= dict(zip(numbers.tolist(), continued, strict=True))
+        answers = Answers(tokens, rows, base, prepared.pad_token_id, SCORED_AT_ONCE[device.type] >> halvings)
+        for number in range(len(answers)):
+            answers.write(worker, number)
+        return answers.done(found)
     finally:
         base.dismiss(worker)
-
-    def texts(ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
-        return tuple(tokenizer.batch_decode([list(each) for each in ids], skip_special_tokens=True))
-
-    prompts, references = zip(*pairs, strict=True)
-    return Scored(len(rows), found, texts(prompts), texts(references), texts([written[i] for i in range(len(pairs))]))
 
 
 def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Tensor]) -> float:
@@ -78,7 +66,7 @@ def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Te
     most so many tokens with padding."""
     total, labels = 0.0, 0
     with torch.no_grad():
-        for numbers in rows_of_evaluation(np.diff(rows.offsets), tokens):
+        for numbers in data.micro_batches(np.diff(rows.offsets), tokens):
             found = losses([rows[int(number)] for number in numbers])
             total += float(found.sum())
             labels += len(found)

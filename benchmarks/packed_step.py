@@ -26,7 +26,7 @@ from trainables import data
 from trainables.config import QLoRAConfig
 from trainables.model import device
 from trainables.protocol import Budget, Job
-from trainables.qlora_sft import EVALUATION_TOKENS, QLoRATrial, rows_of_evaluation, turn
+from trainables.qlora_sft import EVALUATION_TOKENS, QLoRATrial, turn
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
 SCORED = 16
@@ -87,7 +87,7 @@ def scoring_seconds(trials: list[QLoRATrial], rows: data.Rows) -> float:
     began = now()
     for trial in trials:
         trial.validation, trial.due = rows, {1: trial.step}
-        trial.evaluation_batches = rows_of_evaluation(np.diff(rows.offsets), EVALUATION_TOKENS[trial.device.type])
+        trial.evaluation_batches = data.micro_batches(np.diff(rows.offsets), EVALUATION_TOKENS[trial.device.type])
     while any(trial.new_evaluation is None for trial in trials):
         turn(trials)
     return now() - began

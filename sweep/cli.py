@@ -162,7 +162,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
             highlight=False,
             soft_wrap=True,
         )
-    for line in verification.advice(verification.result(outcome.ledger), outcome.place):
+    for line in verification.advice(verification.result(outcome.ledger), outcome.ledger.criterion, outcome.place):
         console.print(line, highlight=False, soft_wrap=True)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)

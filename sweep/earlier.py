@@ -83,6 +83,8 @@ def _differences(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
             "budget.epochs": spec.budget.epochs,
             "budget.steps": spec.budget.steps,
             "budget.evaluations": spec.budget.evaluations,
+            "metric": spec.objective and spec.metric,
+            "objective": spec.objective and spec.objective.model_dump(exclude_none=True),
         }
         for spec in (recorded, asked)
     )

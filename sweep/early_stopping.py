@@ -52,10 +52,11 @@ def settle(ledger: Ledger, number: int, evaluations: int, rungs: Sequence[int], 
         ledger.complete(number)
         return True
     if rung in rungs and rung > entry.promoted:
-        others = ledger.losses_at(rung, without=number)
-        if loses(entry.losses[rung], others, reduction):
+        others = ledger.objectives_at(rung, without=number)
+        if loses(entry.objectives[rung], others, reduction):
             best = f"the best 1/{reduction:g} of {len(others) + 1}"
-            ledger.stop(number, f"ASHA: {entry.losses[rung]:.4f} at evaluation {rung} is not among {best}")
+            mine = entry.criterion.text(entry.objectives[rung])
+            ledger.stop(number, f"ASHA: {mine} at evaluation {rung} is not among {best}")
             return True
         ledger.promote(number, rung)
     return False

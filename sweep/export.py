@@ -27,6 +27,8 @@ AGAIN_SECONDS = 60.0
 """How long the Hub is left alone after an upload failed."""
 LAST_SECONDS = 60.0
 """How long the end of a sweep waits for an upload."""
+OBJECTIVE = "objective"
+"""In sweep.json: the value of what was searched for, where that is not the validation loss."""
 
 
 @dataclass(frozen=True)
@@ -44,54 +46,56 @@ class Home:
 def export_best(
     ledger: Ledger, place: Place, model: str, tokenizer: Path | None, warn: Callable[[str], object]
 ) -> Entry | None:
-    """Make best/ from the checkpoint with the lowest validation loss of all that are intact.
+    """Make best/ from the checkpoint with the best evaluation of all that are intact.
 
-    What is in best/ stays when it is of a lower loss than those. `tokenizer` is the directory of its files; without
+    What is in best/ stays when it is better than those. `tokenizer` is the directory of its files; without
     one, of a toy, only the configuration is written. Returns the trial of which best/ is, None when there is none;
-    `warn` is told when that is not the one with the lowest loss of the sweep.
+    `warn` is told when that is not the best one of the sweep.
     """
-    entries = ledger.entries()
-    found = _lowest_intact(entries, place, warn)
+    entries, criterion = ledger.entries(), ledger.criterion
+    found = _best_intact(entries, place, warn)
     before = exported(place)
-    if before is not None and (found is None or before["validation_loss"] < found[1]):
+    key = "validation_loss" if criterion.is_loss else OBJECTIVE
+    if before is not None and (found is None or criterion.turned(before[key]) < found[1]):
         number: int = before["trial"]
         warn(f"best/ is left as it is, of trial {number:03d}: its checkpoint is damaged or gone")
         return ledger.entry(number)
     if found is None:
         return None
-    winner, loss, kept = found
-    lowest = ranking(entries)[0]
-    if lowest.best is not None and lowest.best[1] < loss:
+    winner, objective, kept = found
+    first = ranking(entries)[0]
+    if first.best is not None and first.best[1] < objective:
         warn(
-            f"best/ is of trial {winner.number:03d} ({loss:.4f}): the checkpoint of trial {lowest.number:03d}"
-            f" ({lowest.best[1]:.4f}) is damaged or gone"
+            f"best/ is of trial {winner.number:03d} ({criterion.text(objective)}): the checkpoint of trial"
+            f" {first.number:03d} ({criterion.text(first.best[1])}) is damaged or gone"
         )
     export(ledger, place.paths.best, model, tokenizer, winner, kept)
     place.push(place.paths.best)
     return winner
 
 
-def _lowest_intact(
+def _best_intact(
     entries: Sequence[Entry], place: Place, warn: Callable[[str], object]
 ) -> tuple[Entry, float, checkpoint.Checkpoint] | None:
-    """Of all checkpoints that are intact, that with the lowest validation loss, which is given, too, and its trial."""
+    """Of all checkpoints that are intact, that with the lowest objective, which is given, too, and its trial."""
     for entry in entries:
         place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
     kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
-    scored = [(entry, found.loss, found) for entry, found in kept if found and found.loss is not None]
-    for entry, loss, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
+    scored = [(entry, found.evaluation.objective, found) for entry, found in kept if found and found.evaluation]
+    for entry, objective, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
         place.pull_checkpoints(found.path.parent)
         try:
             checkpoint.read(found.path)
         except ValueError as error:
             warn(str(error))
         else:
-            return entry, loss, found
+            return entry, objective, found
     return None
 
 
 def exported(place: Place) -> dict[str, Any] | None:
-    """What is in best/, None when there is nothing: trial, step, validation_loss, config and model."""
+    """What is in best/, None when there is nothing: trial, step, validation_loss, config and model; OBJECTIVE, too,
+    where that is not the loss."""
     file = place.paths.best / "sweep.json"
     place.pull_file(file)
     if not file.exists():
@@ -115,7 +119,7 @@ def export(
             (unfinished / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
             shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
             (unfinished / "README.md").write_text(str(model_card(ledger, entry, model, found.step, to.name)))
-        _write_facts(unfinished, model, entry, {"step": found.step, "validation_loss": found.loss})
+        _write_facts(unfinished, model, entry, _numbers(entry, found))
 
 
 def export_merged(
@@ -132,8 +136,7 @@ def export_merged(
         shutil.copytree(tokens / data.TOKENIZER, unfinished, dirs_exist_ok=True)
         card = model_card(ledger, entry, named, found.step, to.name, merged=loss)
         (unfinished / "README.md").write_text(str(card))
-        losses = {"step": found.step, "validation_loss": found.loss, "validation_loss_merged": loss}
-        _write_facts(unfinished, named, entry, losses)
+        _write_facts(unfinished, named, entry, _numbers(entry, found) | {"validation_loss_merged": loss})
     return loss
 
 
@@ -162,16 +165,18 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     else:
         export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
         losses = f"validation loss {best.loss:.4f}"
+    if best.evaluation is not None and not entry.criterion.is_loss:
+        losses = f"{entry.criterion.name} {entry.criterion.text(best.evaluation.objective)}, {losses}"
     return Home(to, entry.number, best.step, losses)
 
 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
-    """A trial, or that of the lowest validation loss, and its best checkpoint. Raises `NotKept`."""
+    """A trial, or the best one, and its best checkpoint. Raises `NotKept`."""
     if number is not None and not any(entry.number == number for entry in entries):
         raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)} trials")
     complaints: list[str] = []
     wanted = [entry for entry in entries if number in (None, entry.number) and entry.best]
-    found = _lowest_intact(wanted, place, complaints.append)
+    found = _best_intact(wanted, place, complaints.append)
     if found is None:
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]
         what = "no trial" if number is None else f"trial {number} no longer"
@@ -211,7 +216,7 @@ def pushing_best(
     note: Callable[[str], object],
     hurried: Callable[[], bool],
 ) -> Iterator[None]:
-    """While the block runs, upload the adapter of the lowest validation loss whenever there is a lower one.
+    """While the block runs, upload the best adapter whenever there is a better one.
 
     Nothing waits for it, but the end, unless that is `hurried`. Of those that come while one is uploaded, the last is
     next. `note` is told where it is, and when it is not.
@@ -250,14 +255,14 @@ def _push_best(
             continue
         try:
             entries = ledger.entries()
-            lowest = [(entry.number, entry.best) for entry in ranking(entries)[:1]]
-            if lowest and lowest != pushed:
+            first = [(entry.number, entry.best) for entry in ranking(entries)[:1]]
+            if first and first != pushed:
                 entry, best = chosen(place, entries, None)
                 with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
                     adapter = Path(scratch) / repo.rpartition("/")[2]
                     export(ledger, adapter, without_path(model), tokenizer, entry, best)
                     note(f"The best adapter so far is at {push(adapter, repo)}")
-                pushed, rests_until = lowest, 0.0
+                pushed, rests_until = first, 0.0
         except Exception as error:  # noqa: BLE001 - it is told; no sweep ends for an upload
             gave_way = isinstance(error, NotKept | FileNotFoundError)  # the checkpoint, to a better one
             if is_last or not (gave_way or rests_until):
@@ -290,6 +295,14 @@ def _replacing(to: Path) -> Iterator[Path]:
         unfinished.rename(to)
 
 
+def _numbers(entry: Entry, found: checkpoint.Checkpoint) -> dict[str, Any]:
+    """What sweep.json says of a checkpoint."""
+    numbers: dict[str, Any] = {"step": found.step, "validation_loss": found.loss}
+    if found.evaluation is not None and not entry.criterion.is_loss:
+        numbers[OBJECTIVE] = entry.criterion.turned(found.evaluation.objective)
+    return numbers
+
+
 def _write_facts(directory: Path, model: str, entry: Entry, numbers: Mapping[str, Any]) -> None:
     facts = {"config": entry.config.model_dump(mode="json"), "model": model, "trial": entry.number} | dict(numbers)
     (directory / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -312,6 +325,9 @@ def model_card(
     what = f"QLoRA adapter for {model}" if merged is None else f"{model}, fine-tuned with QLoRA"
     rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
     place = "The best" if rank == 1 else f"Number {rank}"
+    by = "validation loss (mean cross-entropy per supervised token)"
+    if not entry.criterion.is_loss:
+        by = f"{entry.criterion.name} ({entry.criterion.better} is better)"
     bf16 = config.compute_dtype == "bf16"
     how = _LOAD_ADAPTER if merged is None else _LOAD_MERGED
     return ModelCard(
@@ -321,7 +337,7 @@ def model_card(
 
 # {what}
 
-{place} of {len(entries)} trials by validation loss (mean cross-entropy per supervised token), taken after optimiser
+{place} of {len(entries)} trials by {by}, taken after optimiser
 step {step} of trial {entry.number}.
 
 ```

@@ -83,8 +83,8 @@ class _Known(optuna.importance.BaseImportanceEvaluator):
 def validation_curves(
     study: optuna.Study, entries: Sequence[Entry], names: Mapping[int, str], evaluations: int
 ) -> go.Figure:
-    """Validation loss by evaluation of each trial in the study. The trials with `names` stand out; a cross is where
-    early stopping ended one."""
+    """What is searched for, by evaluation, of each trial in the study. The trials with `names` stand out; a cross is
+    where early stopping ended one."""
     figure = visualization.plot_intermediate_values(study)
     for trace in figure.data:
         number = int(trace.name.removeprefix("Trial"))
@@ -98,21 +98,25 @@ def validation_curves(
     stopped = [e for e in entries if e.number in there and e.state is TrialState.PRUNED and e.best]
     figure.add_scatter(
         x=[entry.reported for entry in stopped],
-        y=[entry.losses[entry.reported] for entry in stopped],
+        y=[entry.criterion.turned(entry.objectives[entry.reported]) for entry in stopped],
         text=[f"{entry.number:03d} stopped" for entry in stopped],
         mode="markers",
         marker={"symbol": "x", "size": 8, "color": BAD},
         name="stopped by ASHA",
         hovertemplate="%{text}: %{y:.4f}<extra></extra>",
     )
-    losses = sorted(loss for e in entries if e.number in there for number, loss in e.losses.items() if number > 0)
-    ceiling = max(loss for loss in losses if loss <= 3 * losses[len(losses) // 2])  # one that diverged hides the rest
-    room = 0.05 * (ceiling - losses[0])
+    shown = [entry for entry in entries if entry.number in there]
+    criterion = shown[0].criterion
+    values = sorted(criterion.turned(each) for e in shown for number, each in e.objectives.items() if number > 0)
+    ceiling = values[-1]
+    if not criterion.maximized:  # one that diverged hides the rest
+        ceiling = max(value for value in values if value <= 3 * abs(values[len(values) // 2]))
+    room = 0.05 * (ceiling - values[0])
     return _calm(
         figure,
         460,
         xaxis={"title": "evaluation", "range": [0.8, evaluations + 0.2], "dtick": -(-evaluations // 20)},
-        yaxis={"title": "validation loss", "range": [losses[0] - room, ceiling + room]},
+        yaxis={"title": criterion.name, "range": [values[0] - room, ceiling + room]},
         showlegend=False,
     )
 
@@ -151,14 +155,14 @@ def training_and_validation(curve: Curve, turn: int | None) -> go.Figure:
     )
 
 
-def best_by_trials(study: optuna.Study) -> go.Figure:
-    """The study has the complete trials with their best validation loss."""
-    figure = visualization.plot_optimization_history(study, target_name="best loss of a trial")
+def best_by_trials(study: optuna.Study, what: str) -> go.Figure:
+    """The study has the complete trials with their best value of `what`."""
+    figure = visualization.plot_optimization_history(study, target_name=f"best {what} of a trial")
     return _calm(figure, 320, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"})
 
 
-def best_by_hours(entries: Sequence[Entry]) -> go.Figure:
-    """The lowest loss of all complete trials over the training time of all trials, in the order of their end."""
+def best_by_hours(entries: Sequence[Entry], what: str) -> go.Figure:
+    """The best of all complete trials over the training time of all trials, in the order of their end."""
     hours, lowest = 0.0, None
     x: list[float] = []
     y: list[float] = []
@@ -170,14 +174,14 @@ def best_by_hours(entries: Sequence[Entry]) -> go.Figure:
             lowest = min(entry.best[1], lowest) if lowest is not None else entry.best[1]
         if lowest is not None:
             x.append(hours)
-            y.append(lowest)
+            y.append(entry.criterion.turned(lowest))
     figure = go.Figure(go.Scatter(x=x, y=y, mode="lines", line={"shape": "hv", "color": FULL}))
-    return _calm(figure, 320, xaxis_title="hours of training, all trials together", yaxis_title="best loss so far")
+    return _calm(figure, 320, xaxis_title="hours of training, all trials together", yaxis_title=f"best {what} so far")
 
 
-def loss_by_cost(study: optuna.Study, cost: str) -> go.Figure:
-    """The study has two values of each complete trial: its cost, and its best validation loss."""
-    figure = visualization.plot_pareto_front(study, target_names=[cost, "best validation loss"])
+def best_by_cost(study: optuna.Study, cost: str, what: str) -> go.Figure:
+    """The study has two values of each complete trial: its cost, and its best value of `what`."""
+    figure = visualization.plot_pareto_front(study, target_names=[cost, f"best {what}"])
     figure.update_traces(marker_showscale=False, marker_size=9)
     figure.update_traces(marker_color=FAINT, selector=0)
     figure.update_traces(marker_color=BAD, selector=1)

@@ -12,8 +12,10 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from sweep.criterion import LOSS
 from sweep.space import Dimension, Range, Space
 from sweep.study import Entry, ranking
 from sweep.tracking import EVALUATION, STEP, Row
@@ -33,8 +35,8 @@ BEST_SHARE = 0.25
 """What sets this share of the trials, the best, apart from all is what matters. Optuna's tenth is one trial of ten."""
 
 
-def best_loss(entry: Entry) -> float:
-    """Of a trial that has a validation loss."""
+def best_objective(entry: Entry) -> float:
+    """Of a trial that has an evaluation: what it is compared by."""
     assert entry.best is not None
     return entry.best[1]
 
@@ -73,12 +75,16 @@ def derived(
 ) -> optuna.Study:
     """A study in memory in which each trial that has `values` is COMPLETE with them, for Optuna's figures.
 
+    The last value of each is an objective; in the study it is as people know it, with its direction.
+
     Those read COMPLETE trials alone, and most trials of a sweep are stopped: this study says what they are compared by.
     Parameters are the fields `shown`, as they were in effect. Trials without `values`, and numbers that no trial has,
     are there as FAIL, so that all keep their numbers.
     """
     objectives = max((len(one) for one in values.values()), default=1)
-    study = optuna.create_study(directions=["minimize"] * objectives)
+    criterion = entries[0].criterion if entries else LOSS
+    last = StudyDirection.MAXIMIZE if criterion.maximized else StudyDirection.MINIMIZE
+    study = optuna.create_study(directions=[StudyDirection.MINIMIZE] * (objectives - 1) + [last])
     by_number = {entry.number: entry for entry in entries}
     for number in range(max(by_number, default=-1) + 1):
         if number not in values:
@@ -87,10 +93,10 @@ def derived(
         entry = by_number[number]
         study.add_trial(
             optuna.create_trial(
-                values=list(values[number]),
+                values=[*values[number][:-1], criterion.turned(values[number][-1])],
                 params={name: _plain(getattr(entry.config, name)) for name in shown},
                 distributions=dict(shown),
-                intermediate_values={each: loss for each, loss in entry.losses.items() if each > 0},
+                intermediate_values={n: criterion.turned(each) for n, each in entry.objectives.items() if n > 0},
             )
         )
     return study
@@ -111,7 +117,7 @@ def importance(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
     draw = random.Random(0)
     shares: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(RESAMPLES):
-        resample = optuna.create_study()
+        resample = optuna.create_study(direction=study.direction)
         resample.add_trials(draw.choices(trials, k=len(trials)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parameters that had one value in a resample
@@ -128,7 +134,7 @@ class Noise:
     """How far the validation losses of two trials may be apart by chance."""
 
     loss: float | None
-    """Nats per token; None when it is not known."""
+    """In nats per token, or what else is searched for; None when it is not known."""
     because: str
     """How it is known, or why it is not, as a sentence."""
     from_seeds: bool = False
@@ -145,6 +151,7 @@ def noise(entries: Sequence[Entry], fresh: Sequence[Entry] = ()) -> Noise:
     Else the smaller of the changes of the winner's loss between its best evaluation and those beside it, unless it was
     still falling by more than `MATTERS` at the end.
     """
+    criterion = entries[0].criterion if entries else LOSS
     repeated = _repeated(fresh) or _repeated(entries)
     if repeated:
         from scipy import stats
@@ -156,29 +163,30 @@ def noise(entries: Sequence[Entry], fresh: Sequence[Entry] = ()) -> Noise:
         return Noise(
             float(stats.t.ppf(0.975, freedom)) * math.sqrt(2) * deviation,
             f"{runs} trials of {len(repeated)} configurations differ in their seed alone; the standard deviation of"
-            f" their losses is {deviation:.4f}.",
+            f" {'their losses' if criterion.is_loss else criterion.name} is {criterion.distance(deviation)}.",
             from_seeds=True,
         )
-    unknown = "How much the seed alone changes a loss is not known: no configuration was trained with two."
+    what = "a loss" if criterion.is_loss else criterion.name
+    unknown = f"How much the seed alone changes {what} is not known: no configuration was trained with two."
     whole = complete(entries)
     if not whole or whole[0].best is None:
         return Noise(None, unknown)
     number, best = whole[0].best
-    losses = whole[0].losses
+    losses = whole[0].objectives
     beside = {other: abs(losses[other] - best) for other in (number - 1, number + 1) if other > 0 and other in losses}
     if not beside:
         return Noise(None, f"{unknown} The winner has a single evaluation, which does not tell either.")
     other = min(beside, key=lambda one: beside[one])
-    if number + 1 not in losses and beside[other] > MATTERS * best:
+    if number + 1 not in losses and beside[other] > MATTERS * abs(best):
         return Noise(
             None,
-            f"{unknown} Nor do its evaluations tell: the winner's loss was still falling at the last, by"
-            f" {beside[other]:.4f}.",
+            f"{unknown} Nor do its evaluations tell: the winner's {criterion.short} was still"
+            f" {'rising' if criterion.maximized else 'falling'} at the last, by {criterion.distance(beside[other])}.",
         )
     return Noise(
         beside[other],
-        f"{unknown} Taken for it is what the winner's loss changed by between its evaluations {min(number, other)} and"
-        f" {max(number, other)}: {beside[other]:.4f}.",
+        f"{unknown} Taken for it is what the winner's {criterion.short} changed by between its evaluations"
+        f" {min(number, other)} and {max(number, other)}: {criterion.distance(beside[other])}.",
     )
 
 
@@ -204,7 +212,7 @@ def cheaper(entries: Sequence[Entry], within: float, worse: Collection[int] = ()
         entry
         for entry in whole[1:]
         if entry.number not in worse
-        and best_loss(entry) - best_loss(whole[0]) <= within
+        and best_objective(entry) - best_objective(whole[0]) <= within
         and entry.config.batch_size == whole[0].config.batch_size
         and pace(entry) < (1 - CHEAPER) * pace(whole[0])
     ]
@@ -271,10 +279,10 @@ def overfitted_from(curve: Curve) -> int | None:
 
 
 def _repeated(entries: Sequence[Entry]) -> list[list[float]]:
-    """Best losses of complete trials that differ in their seed alone, a list for each configuration."""
+    """Best objectives of complete trials that differ in their seed alone, a list for each configuration."""
     by_seed: defaultdict[str, list[float]] = defaultdict(list)
     for entry in complete(entries):
-        by_seed[entry.config.model_copy(update={"seed": 0}).model_dump_json()].append(best_loss(entry))
+        by_seed[entry.config.model_copy(update={"seed": 0}).model_dump_json()].append(best_objective(entry))
     return [losses for losses in by_seed.values() if len(losses) > 1]
 
 

@@ -120,30 +120,32 @@ def _verdict(status: Status) -> Iterator[str]:
         if failed:
             yield f"{failed} of {len(entries)} trials failed; the table below says why."
         return
-    evaluation, loss = winner.best
+    evaluation, objective = winner.best
+    criterion = winner.criterion
+    loss = "" if criterion.is_loss else f" (its validation loss there is {winner.losses[evaluation]:.4f})"
     so_far = " so far" if any(entry.state is TrialState.RUNNING for entry in entries) else ""
     yield (
-        f"Trial {winner.number:03d} ({described(winner.config, searched)}) is the best{so_far}: validation loss"
-        f" {loss:.4f} after evaluation {evaluation} of {spec.budget.evaluations}."
+        f"Trial {winner.number:03d} ({described(winner.config, searched)}) is the best{so_far}: {criterion.name}"
+        f" {criterion.text(objective)} after evaluation {evaluation} of {spec.budget.evaluations}{loss}."
     )
     if early := report.cut_short(winner):
         yield f"It did not use its whole budget{early}: {_reason(winner)}."
-    if (base := report.base_loss(entries)) is not None:
-        yield f"The base model without training has {base:.4f}."
+    if (base := report.base(entries)) is not None:
+        yield f"The base model without training has {criterion.text(base)}."
     default = report.usual_default(entries)
     if default is None or default.best is None:
-        yield f"The usual default ({report.USUAL_DEFAULT}) has no loss in this sweep to compare with."
+        yield f"The usual default ({report.USUAL_DEFAULT}) has no {criterion.short} in this sweep to compare with."
     elif default is winner:
         yield f"It is the usual default ({report.USUAL_DEFAULT}): the search found nothing better."
     else:
         gained = (
-            f"the search gained {default.best[1] - loss:.4f}"
+            f"the search gained {criterion.distance(default.best[1] - objective)}"
             if report.both_whole(winner, default)
             else "what the search gained is not known, for not both used their whole budget"
         )
         yield (
             f"The usual default ({report.USUAL_DEFAULT}; trial {default.number:03d}{report.cut_short(default)}) has"
-            f" {default.best[1]:.4f}: {gained}."
+            f" {criterion.text(default.best[1])}: {gained}."
         )
     yield from report.checks(status.ledger)
     yield from _cheaper(status)
@@ -155,45 +157,50 @@ def _cheaper(status: Status) -> Iterator[str]:
     if len(complete) < 2:
         yield "Fewer than two trials have used their whole budget, so no cheaper one can be compared with it."
         return
-    best = findings.best_loss(complete[0])
+    best, criterion = findings.best_objective(complete[0]), status.ledger.criterion
     fresh, verified = status.ledger.verification(), verification.result(status.ledger)
     noise = findings.noise(status.entries, fresh.entries() if fresh else ())
     yield noise.because
-    within = findings.MATTERS * best if noise.loss is None else noise.loss
-    worse = [each.trial for each in verified.configurations if each.verdict == "higher"] if verified else []
+    within = findings.MATTERS * abs(best) if noise.loss is None else noise.loss
+    worse = [each.trial for each in verified.configurations if each.verdict == criterion.worse] if verified else []
     found = findings.cheaper(status.entries, within, worse)
     if found is None:
-        aside = ", leaving aside what verification found higher," if worse else ""
+        aside = f", leaving aside what verification found {criterion.worse}," if worse else ""
         yield (
-            f"No complete trial within {within:.4f} of the best complete one{aside} took a tenth less time for equal"
-            " work."
+            f"No complete trial within {criterion.distance(within)} of the best complete one{aside} took a tenth less"
+            " time for equal work."
         )
         return
     trial = f"trial {found.number:03d} ({described(found.config, status.spec.space.searched)})"
-    above = f"{findings.best_loss(found) - best:.4f} above the best complete one"
+    side = "below" if criterion.maximized else "above"
+    above = f"{criterion.distance(findings.best_objective(found) - best)} {side} the best complete one"
     costs = f"1,000 tokens took {findings.pace(found):.3g} s instead of {findings.pace(complete[0]):.3g} s"
     if noise.from_seeds:
         yield f"Prefer {trial}: {above} is noise, and {costs}."
     else:
-        yield f"Consider {trial}: its loss is {above}, and {costs}. Whether that is noise only other seeds can tell."
+        yield (
+            f"Consider {trial}: its {criterion.short} is {above}, and {costs}. Whether that is noise only other seeds"
+            " can tell."
+        )
 
 
 def _what_mattered(status: Status) -> Iterator[Section]:
     """All trials at a common evaluation: importance, parallel coordinates, slices."""
     spec, entries = status.spec, status.entries
     evaluation = findings.common_evaluation(entries)
-    compared = {e.number: (e.losses[evaluation],) for e in entries if evaluation in e.losses} if evaluation else {}
+    compared = {
+        e.number: (e.objectives[evaluation],) for e in entries if evaluation is not None and evaluation in e.objectives
+    }
     ranked = sorted((e for e in entries if e.number in compared), key=lambda e: compared[e.number])
     fields = findings.axes(ranked, spec.space)
-    title = "What mattered"
+    title, criterion = "What mattered", status.ledger.criterion
     if evaluation is None or len(ranked) < 2 or not fields:
-        yield Section(title, ["There are not two trials with different configurations and a validation loss yet."])
+        yield Section(title, [f"There are not two trials with different configurations and a {criterion.name} yet."])
         return
-    target = "validation loss"
     some = {entry.number: compared[entry.number] for entry in figures.drawn(ranked)}
     drawn = findings.derived(entries, some, fields)
     text = [
-        f"Compared are {len(ranked)} trials by their validation loss at evaluation {evaluation} of"
+        f"Compared are {len(ranked)} trials by their {criterion.name} at evaluation {evaluation} of"
         f" {spec.budget.evaluations}, the newest that all of them have{_because_of(spec)}."
     ]
     if evaluation < spec.budget.evaluations:
@@ -203,8 +210,9 @@ def _what_mattered(status: Status) -> Iterator[Section]:
     found = findings.importance(findings.derived(entries, compared, fields))
     drawings = [
         Drawing(
-            figures.parallel_coordinates(drawn, target),
-            "A line is a trial at the values that it was trained with, darker with a lower loss.",
+            figures.parallel_coordinates(drawn, criterion.name),
+            "A line is a trial at the values that it was trained with, darker with a"
+            f" {criterion.better} {criterion.short}.",
         )
     ]
     if found:
@@ -223,10 +231,10 @@ def _what_mattered(status: Status) -> Iterator[Section]:
             f"{len(ranked)} trials are too few to say how important each parameter is; it takes {findings.ENOUGH}."
         )
     else:
-        text.append("All of them have the same loss, so no parameter can be said to have mattered.")
+        text.append(f"All of them have the same {criterion.short}, so no parameter can be said to have mattered.")
     drawings += [
         Drawing(figure, f"Trials by {name}, later ones darker.", wide=False)
-        for name, figure in figures.slices(drawn, target).items()
+        for name, figure in figures.slices(drawn, criterion.name).items()
     ]
     yield Section(title, text, drawings)
 
@@ -333,13 +341,14 @@ def _learned(curve: findings.Curve, turn: int | None, spec: SweepSpec) -> str:
 def _search(entries: Sequence[Entry]) -> Iterator[Section]:
     complete = findings.complete(entries)
     if complete:
-        study = findings.derived(entries, {entry.number: (findings.best_loss(entry),) for entry in complete}, {})
+        what = complete[0].criterion.short
+        study = findings.derived(entries, {entry.number: (findings.best_objective(entry),) for entry in complete}, {})
         yield Section(
             "How the search went",
             ["Points are trials that used their whole budget; time is that of all trials, one after the other."],
             [
-                Drawing(figures.best_by_trials(study), wide=False),
-                Drawing(figures.best_by_hours(entries), wide=False),
+                Drawing(figures.best_by_trials(study, what), wide=False),
+                Drawing(figures.best_by_hours(entries, what), wide=False),
             ],
         )
 
@@ -352,9 +361,10 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
     }
     drawings = []
     for name, cost in costs.items():
-        values = {entry.number: (cost(entry), findings.best_loss(entry)) for entry in complete if cost(entry) > 0}
+        values = {entry.number: (cost(entry), findings.best_objective(entry)) for entry in complete if cost(entry) > 0}
         if values:
-            figure = figures.loss_by_cost(findings.derived(entries, values, {}), name)
+            what = complete[0].criterion.name
+            figure = figures.best_by_cost(findings.derived(entries, values, {}), name, what)
             drawings.append(Drawing(figure, wide=False))
     text = (
         [
@@ -373,20 +383,21 @@ def _table(status: Status) -> dict[str, Any]:
     entries, searched = status.entries, status.spec.space.searched
     evaluation = findings.common_evaluation(entries) or 1
     ranked = ranking(entries)
-    headings = ["", "trial", *searched, "best loss", "at evaluation", f"at {evaluation}"]
+    criterion = status.ledger.criterion
+    headings = ["", "trial", *searched, f"best {criterion.short}", "at evaluation", f"at {evaluation}"]
     headings += ["minutes", "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
     rows = []
     for place, entry in enumerate([*ranked, *(entry for entry in entries if entry.best is None)], start=1):
-        number, loss = entry.best or (None, None)
-        common = entry.losses.get(evaluation)
+        number, objective = entry.best or (None, None)
+        common = entry.objectives.get(evaluation)
         rows.append(
             [
                 str(place) if entry.best else "-",
                 f"{entry.number:03d}",
                 *(_value(getattr(entry.config, name)) for name in searched),
-                "-" if loss is None else f"{loss:.4f}",
+                "-" if objective is None else criterion.text(objective),
                 "-" if number is None else str(number),
-                "-" if common is None else f"{common:.4f}",
+                "-" if common is None else criterion.text(common),
                 f"{entry.cost.seconds / 60:.1f}",
                 f"{entry.cost.steps:,}",
                 f"{entry.cost.tokens:,}",

@@ -101,7 +101,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             train = data.load(prepared.path).train
             say("data", [*_data(prepared), *prepared.notes])
             say("steps", _steps(spec.budget.per_trial, configs, len(train)))
-            say("trials", _trials(spec))
+            say("trials", _trials(spec, prepared.rows["validation"]))
             shapes = memory.shapes(spec.model)
             say("base", _base(memory, spec.model, configs, shapes.parameters))
             candidates = [
@@ -155,7 +155,8 @@ def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterato
         yield f"{steps:,} of {batch_size} rows are {epochs:.2f} epochs; validation after {shown}"
 
 
-def _trials(spec: SweepSpec) -> Iterator[str]:
+def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:
+    """`validation` are its rows, of a model that may be asked to write."""
     rule = spec.early_stopping or None
     expected = survivors(spec.search.trials, spec.budget.evaluations, rule)
     yield f"{spec.search.trials}, proposed by {spec.search.sampler}"
@@ -166,6 +167,12 @@ def _trials(spec: SweepSpec) -> Iterator[str]:
     if spec.verify:
         top = min(spec.verify.top, spec.search.trials)
         yield f"then {top * spec.verify.seeds} whole ones: the best {top} with {spec.verify.seeds} other seeds each"
+    if spec.objective:
+        rows = min(spec.objective.rows, validation or spec.objective.rows)
+        again = min(spec.verify.top, spec.search.trials) * spec.verify.seeds if spec.verify else 0
+        written = rows * (1 + sum(expected) + again * spec.budget.evaluations)
+        yield f"compared by {spec.criterion}"
+        yield f"{rows} answers are written at each evaluation, the base's, too, about {written:,.0f} in all"
 
 
 def _base(memory: Any, model: str, configs: Sequence[QLoRAConfig], parameters: int) -> Iterator[str]:

@@ -52,7 +52,7 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
     configuration that does not fit.
     """
     assert spec.model is not None
-    job = Job(spec.model, str(tokens), spec.budget.per_trial)
+    job = Job(spec.model, str(tokens), spec.budget.per_trial, completions=spec.completions)
     prepare = partial(_prepare, spec.resources.gpus)
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as pool:

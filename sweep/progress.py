@@ -127,12 +127,14 @@ class Progress:
             done = slice_.evaluation
             what = "base model" if done.evaluation == 0 else f"evaluation {done.evaluation}/{self.evaluations}"
             speed = f", {row.tokens_per_second:,.0f} tokens/s" if row.tokens_per_second else ""
-            self._say(f"trial {entry.number:3d} step {done.step}, {what}: validation loss {done.loss:.4f}{speed}")
+            score = "" if done.score is None else f", {entry.criterion.name} {entry.criterion.text(done.score)}"
+            told = f"validation loss {done.loss:.4f}{score}{speed}"
+            self._say(f"trial {entry.number:3d} step {done.step}, {what}: {told}")
 
     def ended(self, entry: Entry) -> None:
         self._entries[entry.number] = entry
         self._rows.pop(entry.number, None)
-        best = f", best {entry.best[1]:.4f}" if entry.best else ""
+        best = f", best {entry.criterion.text(entry.best[1])}" if entry.best else ""
         why = f" ({entry.reason})" if entry.reason else ""
         self._say(f"trial {entry.number:3d} {STATES[entry.state]}{best}{why}")
         if time.monotonic() - self._summed_up > SUMMARY_SECONDS:
@@ -183,32 +185,34 @@ def overview(
     `speeds` are tokens per second by trial; where there is none, that of all the trial's time is shown. `seconds_left`
     are those of running trials, if nothing stops them. `alive`: what runs by the ledger does run.
     """
-    by_loss = sorted(entries, key=lambda entry: entry.best[1] if entry.best else math.inf)
-    running = [entry for entry in by_loss if entry.state is TrialState.RUNNING]
-    ended = [entry for entry in by_loss if entry.state is not TrialState.RUNNING]
-    losses = sorted(loss for entry in entries for number, loss in entry.losses.items() if number > 0)
+    ranked = sorted(entries, key=lambda entry: entry.best[1] if entry.best else math.inf)
+    running = [entry for entry in ranked if entry.state is TrialState.RUNNING]
+    ended = [entry for entry in ranked if entry.state is not TrialState.RUNNING]
+    curves = {e.number: [e.criterion.turned(o) for n, o in sorted(e.objectives.items()) if n > 0] for e in entries}
+    scale = sorted(value for curve in curves.values() for value in curve)
+    values = "losses" if all(entry.criterion.is_loss for entry in entries) else "values"
     table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("trial", "configuration", "state", "eval.", "losses", "newest", "best", "tokens/s", "left"):
-        left = heading in ("configuration", "state", "losses")
+    for heading in ("trial", "configuration", "state", "eval.", values, "newest", "best", "tokens/s", "left"):
+        left = heading in ("configuration", "state", values)
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "configuration")
     for entry in [*ended[:ENDED_SHOWN], *running]:
         runs = entry.state is TrialState.RUNNING
-        newest = entry.losses.get(entry.reported)
+        newest = entry.objectives.get(entry.reported)
         speed = speeds.get(entry.number) or (entry.cost.tokens / entry.cost.seconds if entry.cost.seconds else 0.0)
         table.add_row(
             f"{entry.number:03d}",
             described(entry.config, searched),
             "unfinished" if runs and not alive else STATES[entry.state],
             f"{max(entry.reported, 0)}/{evaluations}",
-            sparkline([loss for number, loss in sorted(entry.losses.items()) if number > 0], losses),
-            "" if newest is None else f"{newest:.4f}",
-            "" if entry.best is None else f"{entry.best[1]:.4f}",
+            sparkline(curves[entry.number], scale),
+            "" if newest is None else entry.criterion.text(newest),
+            "" if entry.best is None else entry.criterion.text(entry.best[1]),
             f"{speed:,.0f}" if speed else "",
             duration(seconds_left.get(entry.number)) if runs else "",
             style="bold" if runs and alive else None,
         )
     if (left_out := len(ended) - ENDED_SHOWN) > 0:
-        table.caption = f"{left_out} ended trials with higher losses are left out"
+        table.caption = f"{left_out} ended trials with {ended[0].criterion.worse} {values} are left out"
     return table
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweep import scoring, verification
+from sweep.criterion import LOSS
 from sweep.study import STATES, Entry, Ledger, ranking
 from sweep.tracking import described
 
@@ -22,9 +23,9 @@ def usual_default(entries: Sequence[Entry]) -> Entry | None:
     return next((e for e in entries if (e.config.r, e.config.alpha, e.config.learning_rate) == (16, 32.0, 2e-4)), None)
 
 
-def base_loss(entries: Sequence[Entry]) -> float | None:
-    """Validation loss of the quantised base before any training, as the first trial measured it."""
-    return next((e.losses[0] for e in entries if 0 in e.losses), None)
+def base(entries: Sequence[Entry]) -> float | None:
+    """Objective of the quantised base before any training, as the first trial measured it."""
+    return next((e.objectives[0] for e in entries if 0 in e.objectives), None)
 
 
 def price(seconds: float, per_hour: float, side_by_side: int) -> float:
@@ -45,8 +46,9 @@ def show(
     side_by_side = ledger.noted(SIDE_BY_SIDE) or 1
     prices = {e.number: price(e.cost.seconds, per_hour, side_by_side) for e in entries} if per_hour else {}
     ranked = ranking(entries)
-    table = Table(title="Ranking by best validation loss", title_justify="left")
-    headings = ["", "trial", "configuration", "best loss", "evaluation", "ended as", "minutes"]
+    criterion = ledger.criterion
+    table = Table(title=f"Ranking by best {criterion.name}", title_justify="left")
+    headings = ["", "trial", "configuration", f"best {criterion.short}", "evaluation", "ended as", "minutes"]
     for heading in [*headings, "cost"] if prices else headings:
         table.add_column(
             heading,
@@ -55,12 +57,12 @@ def show(
         )
     unscored = [e for e in entries if e.best is None]
     for place, entry in enumerate([*ranked, *unscored], start=1):
-        evaluation, loss = entry.best or (None, None)
+        evaluation, objective = entry.best or (None, None)
         table.add_row(
-            str(place) if loss is not None else "-",
+            str(place) if objective is not None else "-",
             f"{entry.number:03d}",
             described(entry.config, searched),
-            "-" if loss is None else f"{loss:.4f}",
+            "-" if objective is None else criterion.text(objective),
             "-" if evaluation is None else str(evaluation),
             STATES[entry.state],
             f"{entry.cost.seconds / 60:.1f}",
@@ -85,16 +87,20 @@ def conclusion(ledger: Ledger) -> list[str]:
 
 def checks(ledger: Ledger) -> list[str]:
     """What was found out about the winner once the search had chosen it, a line each."""
-    return [*verification.lines(verification.result(ledger)), *scoring.lines(ledger)]
+    return [*verification.lines(verification.result(ledger), ledger.criterion), *scoring.lines(ledger)]
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
     """Base, usual default and winner, a line each. A gain is claimed between whole runs alone."""
     ranked = ranking(entries)
-    base, default = base_loss(entries), usual_default(entries)
-    lines = [f"base model            {base:.4f}"] if base is not None else []
+    start, default = base(entries), usual_default(entries)
+    criterion = entries[0].criterion if entries else LOSS
+    lines = [] if criterion.is_loss or not ranked else [f"searched for          {criterion}"]
+    if start is not None:
+        lines.append(f"base model            {criterion.text(start)}")
     if default is not None and default.best is not None:
-        lines.append(f"usual default         {default.best[1]:.4f}  (trial {default.number:03d}{cut_short(default)})")
+        value = criterion.text(default.best[1])
+        lines.append(f"usual default         {value}  (trial {default.number:03d}{cut_short(default)})")
     if ranked:
         winner = ranked[0]
         assert winner.best is not None
@@ -102,10 +108,10 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
         if winner is default:
             gain = ", the default itself"
         elif default is not None and default.best is not None and both_whole(winner, default):
-            gain = f", {default.best[1] - winner.best[1]:.4f} below the default"
-        lines.append(
-            f"winner                {winner.best[1]:.4f}  (trial {winner.number:03d}{cut_short(winner)}{gain})"
-        )
+            side = "above" if criterion.maximized else "below"
+            gain = f", {criterion.distance(default.best[1] - winner.best[1])} {side} the default"
+        value = criterion.text(winner.best[1])
+        lines.append(f"winner                {value}  (trial {winner.number:03d}{cut_short(winner)}{gain})")
     return lines
 
 
@@ -128,7 +134,9 @@ def standing(entries: Sequence[Entry], trials: int) -> str:
     best = ""
     if ranked:
         assert ranked[0].best is not None
-        best = f", the best loss so far is {ranked[0].best[1]:.4f} (trial {ranked[0].number:03d})"
+        criterion = ranked[0].criterion
+        value = criterion.text(ranked[0].best[1])
+        best = f", the best {criterion.short} so far is {value} (trial {ranked[0].number:03d})"
     return f"{done} of {trials} trials are done{best}"
 
 

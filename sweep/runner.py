@@ -357,7 +357,7 @@ def _train(
     def assign(entry: Entry) -> Assignment:
         entries = ledger.entries()
         running = [other.number for other in entries if other.state is TrialState.RUNNING]
-        score_base = report.base_loss([*known, *entries]) is None and entry.number == min(running)
+        score_base = report.base([*known, *entries]) is None and entry.number == min(running)
         halvings = starting_halvings(entry, [*known, *entries])
         if halvings > entry.halvings:
             ledger.halve(entry.number, halvings)
@@ -375,6 +375,8 @@ def _train(
             searched=searched,
             checkpoint_minutes=spec.checkpoint.every,
             engine=engines.choose(entry.number, running) if engines else None,
+            criterion=spec.criterion,
+            metric=spec.metric if spec.objective else None,
         )
 
     def started(entry: Entry) -> None:
@@ -479,7 +481,9 @@ def _pushing(
 
 def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, place: Place, listener: Listener) -> None:
     try:
-        view = workspace.make(tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space)
+        view = workspace.make(
+            tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space, ledger.criterion
+        )
     except Exception as error:  # noqa: BLE001 - of wandb's core process, too; it is told, and the search is done
         told = error if isinstance(error, sync.Refused | sync.Failed) else f"{type(error).__name__}: {error}"
         listener.note(f"W&B has no view of the sweep ({told}); make it with: {place.command('workspace')}")
@@ -752,6 +756,7 @@ def _open(
     if recorded is None:
         ledger.note("environment", _environment())
         ledger.note("sweep_id", secrets.token_hex(4))
+        ledger.compare_by(spec.criterion)
         earlier.write(ledger, known)
         ledger.note("inputs", inputs)
     elif recorded != inputs:
@@ -794,16 +799,18 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
     """What all trials have in common; the data are tokenised here, before any of them starts."""
     budget = spec.budget.per_trial
     if spec.trainable == "toy":
-        return Job(model="", tokens="", budget=budget)
+        return Job(model="", tokens="", budget=budget, completions=spec.completions)
     assert spec.model is not None
     assert spec.data is not None
     prepared = data.prepare(spec.data, spec.model, paths.tokens)
     if spec.metric is not None:
         tokens = data.load(prepared.path)
         data.with_answers(tokens.test or tokens.validation)
+        if spec.objective is not None:
+            data.with_answers(tokens.validation)
     for note in prepared.notes:
         listener.note(note)
-    return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
+    return Job(spec.model, str(prepared.path), budget, completions=spec.completions)
 
 
 def _without_end(ledger: Ledger, place: Place, *, needed: str | None) -> list[Entry]:
@@ -853,15 +860,10 @@ def _end_runs(
         ending.add(entry.trial.number)
         directory = place.paths.trial(entry.number)
         place.pull_log(directory / tracking.ROWS)
-        steps = {row.get(tracking.EVALUATION): row[tracking.STEP] for row in tracking.logged(directory)}
-        number, loss = entry.best or (None, None)
-        facts = {
-            "best_eval_loss": loss,
-            "best_step": steps.get(number) if number is not None else None,
-            "first_rung_eval_loss": entry.losses.get(first_rung),
-            "budget_share": max(entry.reported, 0) / evaluations,
-            "stop_reason": entry.reason,
-        }
+        rows = [row for row in tracking.logged(directory) if tracking.EVALUATION in row]
+        steps = {row[tracking.EVALUATION]: row[tracking.STEP] for row in rows}
+        told = tracking.summary(entry.objectives, entry.losses, steps, first_rung, evaluations, entry.criterion)
+        facts = told | {"stop_reason": entry.reason}
         name = tracking.run_name(entry.number, entry.config, searched)
         config = tracking.run_config(entry.number, entry.config, model, tracked.group)
         run_id = tracking.run_id(ledger.noted("sweep_id"), entry.number)

@@ -216,7 +216,9 @@ class LedgerScheduler(FIFOScheduler):
         if result["halvings"] > self._ledger.entry(number).halvings:
             self._halve(number, result["halvings"], "ran out of memory")
         if slice_.evaluation is not None and slice_.failure is None:
-            self._ledger.report(number, slice_.evaluation.evaluation, slice_.evaluation.loss)
+            done = slice_.evaluation
+            loss = None if done.score is None else done.loss
+            self._ledger.report(number, done.evaluation, done.objective, loss)
         if slice_.steps or slice_.evaluation is not None:
             self._breakdowns = 0
         if slice_.evaluation is not None or slice_.done or self._drain():
@@ -334,6 +336,9 @@ class LedgerScheduler(FIFOScheduler):
         """
         if failure.errno in DISK_FULL:
             self._disk_is_full(failure.errno)
+            return None
+        if failure.metric:
+            self._drain.request("breakdown", f"{failure.reason}. Mend it; no trial is blamed")
             return None
         if failure.engine is not None:
             self._engine_lost(number, failure.reason, died=failure.engine == "died")

@@ -17,10 +17,15 @@ import psutil
 
 from sweep.place import Place
 from sweep.study import Entry, Ledger
+from sweep.validation import listed
 from trainables.protocol import Scored
 
 Metric = Callable[[list[str], list[str], list[str]], Any]
 """Of prompts, references and completions, row by row; gives a number, or several by name."""
+
+
+class MetricFault(Exception):
+    """The user's metric gives no number to search for: it cannot be imported, raises, or gives something else."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,20 @@ def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"gave {given!r}, should be a finite number or a dict of them")
     return {str(key): float(value) for key, value in named.items()}
+
+
+def objective_of(name: str, value: str, scored: Scored) -> float:
+    """The value of this name that the metric called `name`, `package.module:function`, gives in this process.
+
+    Raises MetricFault.
+    """
+    try:
+        values = values_of(name, find_metric(name), scored)
+    except ValueError as error:
+        raise MetricFault(f"metric {name}: {str(error).removeprefix('metric: ')}") from error
+    if value not in values:
+        raise MetricFault(f"metric {name}: gave {listed(values)}, and nothing called {value} (see objective.value)")
+    return values[value]
 
 
 def score_winner(

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from sweep import document
 from sweep import space as spaces
+from sweep.criterion import LOSS, Criterion
 from sweep.document import Problem as Problem
 from sweep.document import SpecError as SpecError
 from sweep.space import DEFAULTS, Space
@@ -27,10 +28,13 @@ RIVALS: dict[Key, Key] = {("budget", "epochs"): ("budget", "steps"), ("budget", 
 """Setting one of these on the command line removes the other one that the file has."""
 
 FREE = {"budget.hours", "search.trials", "metric", "storage", "ledger", "trial_timeout"}
-"""Keys that may change while a sweep is under way, besides all of FREE_SECTIONS."""
+"""Keys that may change while a sweep is under way, besides all of FREE_SECTIONS; `metric` where it is no objective."""
 FREE_SECTIONS = {"verify", "tracking", "resources", "packing", "preemption", "checkpoint", "cost"}
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
+
+TAKEN = {"loss", "evaluation", "eval_loss", "step", LOSS.name}
+"""Names that an objective may not have: with eval/ or best_ before them they are columns in W&B."""
 
 STORES = ("s3://",)
 """What the URL of an object store begins with."""
@@ -143,6 +147,18 @@ class Verify(Section):
     """Times that each of them is trained, to its end, with a seed that it did not have in the search."""
 
 
+class Objective(Section):
+    """What is searched for in place of the lowest validation loss: the best value of `metric`, taken at each evaluation
+    of what the trial writes. It decides on early stopping, proposals, checkpoints and the winner."""
+
+    value: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the value, where `metric` gives several by name."""
+    direction: Literal["minimize", "maximize"]
+    """Whether less of it is better (`minimize`), or more (`maximize`)."""
+    rows: Annotated[int, Field(ge=1)] = 64
+    """Validation rows, the first ones, whose answers are written at each evaluation."""
+
+
 class Tracking(Section):
     """Weights & Biases."""
 
@@ -222,6 +238,8 @@ class SweepSpec(Section):
     metric: Annotated[str, AfterValidator(_function)] | None = None
     """Function (`package.module:function`) of what the winner writes on the test rows, or the validation rows where
     there are none: it gets prompts, references and completions and returns a number, or several by name."""
+    objective: Objective | None = None
+    """What is searched for, when that is not the lowest validation loss."""
     tracking: Tracking = Tracking()
     """Weights & Biases."""
     resources: Resources = Resources()
@@ -242,6 +260,19 @@ class SweepSpec(Section):
     """How often trials are saved."""
     cost: Cost = Cost()
     """What is paid for the machine."""
+
+    @property
+    def criterion(self) -> Criterion:
+        """What trials are compared by."""
+        if self.objective is None or self.metric is None:
+            return LOSS
+        name = self.objective.value or self.metric.partition(":")[2]
+        return Criterion(name, maximized=self.objective.direction == "maximize")
+
+    @property
+    def completions(self) -> int:
+        """Answers that are written at each evaluation, when there are so many validation rows."""
+        return 0 if self.objective is None else self.objective.rows
 
     @model_validator(mode="after")
     def _is_free_of_contradictions(self) -> Self:
@@ -298,6 +329,8 @@ def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
 
     def free(key: str, was: object, now: object) -> bool:
         moved = key in ROWS and all(isinstance(path, str) and Path(path).is_absolute() for path in (was, now))
+        if key == "metric" and asked.objective is not None:
+            return False
         return moved or key in FREE or key.partition(".")[0] in FREE_SECTIONS
 
     before, after = (dict(_flat(spec)) for spec in (recorded, asked))
@@ -375,8 +408,17 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("space", "optimizer"), f"received {PAGED}, which needs a GPU; set resources.gpus or optimizer: adamw"
     if found.get("trainable") == "toy" and given("checkpoint.push_to"):
         yield ("checkpoint", "push_to"), f"received {shown(found['checkpoint.push_to'])}, a toy has no adapter"
-    if found.get("trainable") == "toy" and given("metric"):
-        yield ("metric",), f"received {shown(found['metric'])}, but a toy writes nothing"
+    if "metric" in found and found["metric"] is None and given("objective"):
+        yield ("objective",), "is a value of `metric`, which is missing; write metric: package.module:function"
+    if given("objective", "metric"):
+        name = found.get("objective.value") or found["metric"].partition(":")[2]
+        if name in TAKEN:
+            yield ("objective",), f"is called {name}, which something else is in W&B; give the value another name"
+    elif found.get("trainable") == "toy" and given("metric"):
+        yield (
+            ("metric",),
+            f"received {shown(found['metric'])}, but a toy writes nothing when it has ended; add objective",
+        )
     if given("verify", "space") and "seed" in found["space"].searched:
         yield ("space", "seed"), "is searched, so verify has no seeds to compare configurations over; fix it"
     if found.get("trainable") == "toy" and found.get("packing.slots", 1) > 1:

@@ -158,7 +158,7 @@ def show(console: Console, status: Status) -> None:
     if entries:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
     machines = machine(status.memory, status.gpu_load)
-    advice = verification.advice(verification.result(status.ledger), status.place)
+    advice = verification.advice(verification.result(status.ledger), status.ledger.criterion, status.place)
     for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
@@ -173,16 +173,21 @@ def as_json(status: Status) -> dict[str, Any]:
     """The same as plain values; seconds, bytes, and losses by evaluation."""
     best = next(iter(ranking(status.entries)), None)
     default, ahead = report.usual_default(status.entries), status.forecast
+    criterion, base = status.ledger.criterion, report.base(status.entries)
     return {
         "name": status.spec.name,
         "place": status.place.url,
         "driver": status.driver,
         "asked_for": status.spec.search.trials,
         "evaluations": status.spec.budget.evaluations,
-        "base_loss": report.base_loss(status.entries),
+        "objective": {"name": criterion.name, "direction": "maximize" if criterion.maximized else "minimize"},
+        "base_loss": next((entry.losses[0] for entry in status.entries if 0 in entry.losses), None),
         "best_trial": best and best.number,
-        "best_loss": best and best.best and best.best[1],
-        "default_loss": default and default.best and default.best[1],
+        "best_loss": best and _loss(best),
+        "default_loss": default and _loss(default),
+        "base_value": None if base is None else criterion.turned(base),
+        "best_value": best and _value(best),
+        "default_value": default and _value(default),
         "share_done": ahead.share,
         "seconds_left": ahead.seconds,
         "peak_memory": status.memory,
@@ -197,27 +202,38 @@ def as_json(status: Status) -> dict[str, Any]:
 def records(status: Status) -> list[dict[str, Any]]:
     """The trials as plain values, for JSON or a data frame: a dictionary each.
 
-    `config` and `losses` (by evaluation) are dictionaries themselves; losses in nats, `seconds` of steps and
-    evaluations, `peak_memory` in bytes.
+    `config`, `losses` and `values` (by evaluation) are dictionaries themselves; losses in nats, values of what is
+    searched for, which is the loss unless there is an `objective`, `seconds` of steps and evaluations, `peak_memory` in
+    bytes. Best is the evaluation with the best value.
     """
     left = status.forecast.of_trial
     return [_record(entry, left.get(entry.number)) for entry in status.entries]
 
 
 def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
-    evaluation, loss = entry.best or (None, None)
     return {
         "trial": entry.number,
         "state": STATES[entry.state],
         "reason": entry.reason,
         "config": entry.config.model_dump(),
         "losses": dict(entry.losses),
-        "best_evaluation": evaluation,
-        "best_loss": loss,
+        "values": {number: entry.criterion.turned(objective) for number, objective in entry.objectives.items()},
+        "best_evaluation": entry.best and entry.best[0],
+        "best_loss": _loss(entry),
+        "best_value": _value(entry),
         "halvings": entry.halvings,
         "seconds_left": seconds_left,
         **asdict(entry.cost),
     }
+
+
+def _loss(entry: Entry) -> float | None:
+    """Validation loss of the best evaluation."""
+    return entry.best and entry.losses[entry.best[0]]
+
+
+def _value(entry: Entry) -> float | None:
+    return entry.best and entry.criterion.turned(entry.best[1])
 
 
 def shown(place: Place) -> str:

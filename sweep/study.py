@@ -4,6 +4,7 @@ Every trial is there from the moment it is proposed (one append holds parameters
 configuration, so a kill leaves either all of it or nothing), every validation loss before anything is decided on it,
 and at the end a state that tells the truth: COMPLETE with the best validation loss, PRUNED with its intermediate values
 when early stopping ended it, FAIL with a reason. A trial that is RUNNING while no driver runs is one to be continued.
+Where trials are compared by a value of the user's metric, that stands in place of the loss, which is kept beside it.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
+from sweep.criterion import LOSS, Criterion
 from sweep.space import Space
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost
@@ -48,12 +50,17 @@ STATES = {TrialState.RUNNING: "running", **ENDED_AS}
 
 Sampler = Literal["tpe", "random", "grid", "gp"]
 
+_CRITERION = "criterion"
+"""Note in the ledger."""
+
 
 @dataclass(frozen=True)
 class Entry:
     """One trial as the ledger has it."""
 
     trial: FrozenTrial = field(repr=False)
+    criterion: Criterion = LOSS
+    """What it is compared by."""
 
     @property
     def number(self) -> int:
@@ -69,23 +76,29 @@ class Entry:
         return _config(self.trial.user_attrs["config"])
 
     @property
-    def losses(self) -> Mapping[int, float]:
-        """Validation loss after evaluation 1, 2, …; 0, where it is there, is the base's own."""
+    def objectives(self) -> Mapping[int, float]:
+        """What it is compared by after evaluation 1, 2, …, less is better; 0, where it is there, is the base's own."""
         return self.trial.intermediate_values
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """Validation losses, by evaluation as the objectives, which they are unless a metric is."""
+        recorded: Mapping[str, float] | None = self.trial.user_attrs.get("losses")
+        return self.objectives if recorded is None else {int(number): loss for number, loss in recorded.items()}
 
     @property
     def reported(self) -> int:
         """The newest evaluation in the ledger, -1 when there is none (0 is the base's own)."""
-        return max(self.losses, default=-1)
+        return max(self.objectives, default=-1)
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Evaluation with the lowest validation loss, and that loss; None before the first evaluation."""
-        scored = [(loss, evaluation) for evaluation, loss in self.losses.items() if evaluation > 0]
+        """Evaluation with the lowest objective, and that objective; None before the first evaluation."""
+        scored = [(objective, evaluation) for evaluation, objective in self.objectives.items() if evaluation > 0]
         if not scored:
             return None
-        loss, evaluation = min(scored)
-        return evaluation, loss
+        objective, evaluation = min(scored)
+        return evaluation, objective
 
     @property
     def promoted(self) -> int:
@@ -143,6 +156,8 @@ class Ledger:
             study_name=name,
             sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals come from `propose`
         )
+        self.criterion = Criterion(**(self.noted(_CRITERION) or {}))
+        """What its trials are compared by."""
 
     @classmethod
     def at_url(cls, url: str, name: str) -> "Ledger":
@@ -161,6 +176,7 @@ class Ledger:
         """The same, made when there is none."""
         found = Ledger(self._storage, self._verification)
         if found.noted("sweep_id") is None:
+            found.compare_by(self.criterion)
             found.note("sweep_id", f"{self.noted('sweep_id')}-v")  # its W&B runs are others than those of the search
         return found
 
@@ -173,13 +189,13 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """All trials, by number."""
-        return [Entry(trial) for trial in self._frozen()]
+        return [Entry(trial, self.criterion) for trial in self._frozen()]
 
     def entry(self, number: int) -> Entry:
-        return Entry(self._storage.get_trial(self._id(number)))
+        return Entry(self._storage.get_trial(self._id(number)), self.criterion)
 
-    def losses_at(self, evaluation: int, without: int) -> list[float]:
-        """Validation losses that trials other than `without` have at this evaluation."""
+    def objectives_at(self, evaluation: int, without: int) -> list[float]:
+        """What trials other than `without` are compared by at this evaluation."""
         return [
             trial.intermediate_values[evaluation]
             for trial in self._frozen()
@@ -209,7 +225,7 @@ class Ledger:
         params: Mapping[str, Any],
         distributions: Mapping[str, optuna.distributions.BaseDistribution],
         attributes: Mapping[str, Any],
-        losses: Mapping[int, float],
+        objectives: Mapping[int, float],
     ) -> Entry:
         self._study.add_trial(
             optuna.create_trial(
@@ -217,16 +233,20 @@ class Ledger:
                 params=dict(params),
                 distributions=dict(distributions),
                 user_attrs=dict(attributes),
-                intermediate_values=dict(losses),
+                intermediate_values=dict(objectives),
             )
         )
         added = max(self._study.get_trials(deepcopy=False), key=lambda trial: trial.number)
         self._ids[_number(added)] = added._trial_id
-        return Entry(added)
+        return Entry(added, self.criterion)
 
-    def report(self, number: int, evaluation: int, loss: float) -> None:
-        """Write a validation loss; the same one again changes nothing."""
-        self._storage.set_trial_intermediate_value(self._id(number), evaluation, loss)
+    def report(self, number: int, evaluation: int, objective: float, loss: float | None = None) -> None:
+        """Write what an evaluation gave, with the validation loss where that is something else; the same again changes
+        nothing."""
+        if loss is not None:
+            known = self.entry(number).trial.user_attrs.get("losses", {})
+            self._storage.set_trial_user_attr(self._id(number), "losses", {**known, str(evaluation): loss})
+        self._storage.set_trial_intermediate_value(self._id(number), evaluation, objective)
 
     def promote(self, number: int, rung: int) -> None:
         """Write that early stopping let the trial through the rung at this evaluation."""
@@ -252,7 +272,7 @@ class Ledger:
         return self.entry(number)
 
     def complete(self, number: int) -> None:
-        """End a trial that used its whole budget; its value is its best validation loss."""
+        """End a trial that used its whole budget; its value is its best objective."""
         best = self.entry(number).best
         assert best is not None, f"trial {number} has no validation loss"
         self._storage.set_trial_state_values(self._id(number), TrialState.COMPLETE, [best[1]])
@@ -266,6 +286,11 @@ class Ledger:
         if traceback is not None:
             self._storage.set_trial_user_attr(self._id(number), "traceback", traceback)
         self._end(number, TrialState.FAIL, reason)
+
+    def compare_by(self, criterion: Criterion) -> None:
+        """Write what trials are compared by, before there is one."""
+        self.note(_CRITERION, asdict(criterion))
+        self.criterion = criterion
 
     def note(self, key: str, value: Any) -> None:
         """Write a fact about the whole sweep (a JSON value); a kill leaves all of it or what was noted before.
@@ -406,7 +431,7 @@ class Observation:
     params: Mapping[str, Any]
     """Optuna parameters in the space of this sweep."""
     loss: float
-    """Of a whole run the best validation loss, of a stopped one the newest."""
+    """Of a whole run the best objective (mostly the validation loss), of a stopped one the newest."""
     stopped_at: int | None
     """The evaluation after which early stopping ended it, None when it is a whole run."""
 
@@ -421,7 +446,7 @@ def observed(entry: Entry, space: Space) -> Observation | None:
         return None
     if entry.state is TrialState.COMPLETE:
         return Observation(params, entry.best[1], None)
-    return Observation(params, entry.losses[entry.reported], entry.reported)
+    return Observation(params, entry.objectives[entry.reported], entry.reported)
 
 
 def as_trial(observation: Observation, space: Space) -> FrozenTrial:
@@ -552,7 +577,7 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def ranking(entries: Sequence[Entry]) -> list[Entry]:
-    """Trials with a validation loss, lowest best loss first; of equal ones a whole run before a stopped one."""
+    """Trials with an evaluation, best objective first; of equal ones a whole run before a stopped one."""
     scored = [
         (entry.best[1], entry.state is not TrialState.COMPLETE, entry.number, entry) for entry in entries if entry.best
     ]

@@ -28,6 +28,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
+from sweep.criterion import LOSS, Criterion
 from trainables.config import QLoRAConfig
 from trainables.protocol import Slice
 
@@ -158,9 +159,12 @@ def start(
     return Run(queue, thread, rows)
 
 
-def log(run: Run, happened: Slice) -> None:
-    """Record the optimiser steps and the evaluation of a slice. Returns at once; OSError when the disk refuses."""
-    rows = list(_rows(happened))
+def log(run: Run, happened: Slice, criterion: Criterion = LOSS) -> None:
+    """Record the optimiser steps and the evaluation of a slice, whose `score` is named by the criterion.
+
+    Returns at once; OSError when the disk refuses.
+    """
+    rows = list(_rows(happened, criterion))
     if run.rows.exists():  # it is not when tracking is disabled
         with run.rows.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -176,6 +180,28 @@ def logged(directory: Path) -> list[Row]:
         return []
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
+
+
+def summary(
+    objectives: Mapping[int, float],
+    losses: Mapping[int, float],
+    steps: Mapping[int, int],
+    first_rung: int,
+    evaluations: int,
+    criterion: Criterion,
+) -> Row:
+    """What a table of runs shows of a trial with these objectives, losses and optimiser steps by evaluation.
+
+    `first_rung` is the evaluation at which early stopping may end a trial for the first time, `evaluations` are those
+    of a whole budget. Losses are those of the evaluation that the trial is ranked by, and of the first rung.
+    """
+    best = min((number for number in objectives if number > 0), key=lambda number: objectives[number], default=-1)
+    of = {"eval_loss": losses}
+    if not criterion.is_loss:
+        of[criterion.name] = {number: criterion.turned(each) for number, each in objectives.items()}
+    at = {"best": best, "first_rung": first_rung}
+    found = {f"{which}_{name}": values.get(at[which]) for name, values in of.items() for which in at}
+    return found | {"best_step": steps.get(best), "budget_share": max(objectives, default=0) / evaluations}
 
 
 def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:
@@ -260,7 +286,7 @@ def _short(name: str, value: bool | float | str | tuple[str, ...]) -> str:
     return value if isinstance(value, str) else "+".join(value)
 
 
-def _rows(happened: Slice) -> Iterator[Row]:
+def _rows(happened: Slice, criterion: Criterion) -> Iterator[Row]:
     for step in happened.steps:
         yield {
             STEP: step.step,
@@ -269,12 +295,10 @@ def _rows(happened: Slice) -> Iterator[Row]:
             "train/grad_norm": step.grad_norm,
             "train/tokens_per_second": step.tokens / step.seconds if step.seconds else 0.0,
         }
-    if happened.evaluation is not None:
-        yield {
-            STEP: happened.evaluation.step,
-            EVALUATION: happened.evaluation.evaluation,
-            "eval/loss": happened.evaluation.loss,
-        }
+    done = happened.evaluation
+    if done is not None:
+        score = {} if done.score is None else {f"eval/{criterion.name}": criterion.turned(done.score)}
+        yield {STEP: done.step, EVALUATION: done.evaluation, "eval/loss": done.loss, **score}
 
 
 def _record(

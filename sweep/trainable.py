@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,12 +19,14 @@ import ray
 from ray import tune
 
 from sweep import tracking
+from sweep.criterion import LOSS, Criterion
 from sweep.engine import EngineGone, EngineLost, PackedTrial
 from sweep.place import Place
 from sweep.repair import may_halve
+from sweep.scoring import MetricFault, objective_of
 from trainables import checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Cost, Evaluation, Job, NoRoomYet, OutOfMemory, Slice, Trial, best
+from trainables.protocol import Cost, Evaluation, Job, NoRoomYet, OutOfMemory, Slice, Trial
 
 SLICE_SECONDS = 2.0
 """Wall clock of one call: short enough to look alive and to stop quickly, long enough that calls cost nothing."""
@@ -61,15 +64,18 @@ class Failure:
     """Whether files, network or memory of the machine are to blame rather than the configuration."""
     engine: Literal["died", "gone"] | None
     """What became of the engine, if that is why: it died, or its machine is gone."""
+    metric: bool
+    """Whether the user's metric is to blame, which would fail again."""
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        reason = f"{type(error).__name__}: {error}".strip()
+        metric = isinstance(error, MetricFault)
+        reason = str(error) if metric else f"{type(error).__name__}: {error}".strip()
         engine: Literal["died", "gone"] | None = None
         if isinstance(error, EngineLost):
             engine = "gone" if isinstance(error, EngineGone) else "died"
-        environment = engine is not None or isinstance(error, OSError | MemoryError | ImportError)
-        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine)
+        environment = metric or engine is not None or isinstance(error, OSError | MemoryError | ImportError)
+        return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine, metric)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,10 @@ class Assignment:
     checkpoint_minutes: float
     engine: Any
     """Handle of the engine (`sweep.engine`) that trains it; None when its own process does."""
+    criterion: Criterion = LOSS
+    """What it is compared by."""
+    metric: str | None = None
+    """Function that gives that, `package.module:function`, of what `job.completions` ask for; None for the loss."""
 
 
 class SlicedTrial(tune.Trainable):
@@ -107,6 +117,7 @@ class SlicedTrial(tune.Trainable):
         self._run: tracking.Run | None = None
         self._banner = ""
         self._notes: list[str] = []
+        self._evaluations: tuple[Evaluation, ...] = ()  # those of the trial, judged
         self._reported = self._assignment.reported
         self._unreported: list[Evaluation] = []
         self._cost = self._assignment.cost
@@ -184,6 +195,7 @@ class SlicedTrial(tune.Trainable):
             due = time.monotonic() - self._saved >= 60 * self._assignment.checkpoint_minutes
             if due and slice_.evaluation is None:
                 slice_ = slice_.followed_by(self._trial.hold())
+            slice_ = self._judged(slice_)
             self._cost = self._cost.plus(slice_, self._elapsed())
         # Before the checkpoint: a kill between the two then repeats rows, which tracking knows, and loses none.
         self._log(slice_)
@@ -194,9 +206,24 @@ class SlicedTrial(tune.Trainable):
             self._save()
         return slice_
 
+    def _judged(self, slice_: Slice) -> Slice:
+        """The slice with what its evaluation is compared by. A metric is called here, not in an engine, where other
+        trials would wait for it.
+
+        Raises MetricFault; then the evaluation is lost, and what led to it since the last checkpoint is done again.
+        """
+        evaluation, mine = slice_.evaluation, self._assignment
+        if evaluation is None:
+            return slice_
+        if slice_.written is not None and mine.metric is not None:
+            value = objective_of(mine.metric, mine.criterion.name, slice_.written)
+            evaluation = replace(evaluation, score=mine.criterion.turned(value))
+        self._evaluations += (evaluation,)
+        return replace(slice_, evaluation=evaluation, written=None)
+
     def _log(self, slice_: Slice) -> None:
         assert self._run is not None
-        tracking.log(self._run, slice_)
+        tracking.log(self._run, slice_, self._assignment.criterion)
 
     def _make_room(self, reason: str) -> Slice:
         """Halve the micro-batch: the next slice goes on from here with it."""
@@ -220,12 +247,12 @@ class SlicedTrial(tune.Trainable):
         reason = None
         try:
             if self._trial is not None:
-                slice_ = self._trial.hold()
+                slice_ = self._judged(self._trial.hold())
                 self._cost = self._cost.plus(slice_, self._elapsed())
                 self._log(slice_)
                 if self._trial.step > 0 and slice_.failure is None:
                     self._save()
-        except (OSError, EngineLost) as error:  # the checkpoint before it is intact, and so is the ledger
+        except (OSError, EngineLost, MetricFault) as error:  # the checkpoint before it is intact, and so is the ledger
             reason = f"trial {self._assignment.number}: no last checkpoint: {error}"
         self._leave("preempted", reason)
         return reason
@@ -264,6 +291,7 @@ class SlicedTrial(tune.Trainable):
         if found is not None:
             self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
         self._banner = trial.banner
+        self._evaluations = trial.evaluations
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
         self._counted = time.monotonic()
         self._saved_as = (trial.step, len(trial.evaluations))
@@ -310,9 +338,9 @@ class SlicedTrial(tune.Trainable):
         """Write a checkpoint; of the older ones stay that of the best evaluation and, should this one get damaged, the
         one before it."""
         assert self._trial is not None
-        state = (self._trial.step, len(self._trial.evaluations))
+        state = (self._trial.step, len(self._evaluations))
         if state != self._saved_as:
-            written = checkpoint.write(self._directory, self._trial.step, self._trial.evaluations, self._write)
+            written = checkpoint.write(self._directory, self._trial.step, self._evaluations, self._write)
             lowest = checkpoint.best(self._directory)
             kept = (written.path, checkpoint.before(written), lowest.path if lowest else None)
             self._assert_lease()
@@ -334,7 +362,7 @@ class SlicedTrial(tune.Trainable):
         run, self._run = self._run, None
         trial, self._trial = self._trial, None
         if run is not None:
-            facts = summary(trial, self._assignment.first_rung, self._assignment.job.budget.evaluations)
+            facts = {} if trial is None else _summary(self._evaluations, self._assignment)
             tracking.finish(run, state, facts | {"stop_reason": reason})
             try:
                 if self._place.is_remote and self._may_write():
@@ -345,17 +373,13 @@ class SlicedTrial(tune.Trainable):
             trial.close()
 
 
-def summary(trial: Trial | None, first_rung: int, evaluations: int) -> dict[str, Any]:
-    """What W&B shows of a run in its table; nothing of a trial that could not be started.
-
-    `evaluations` are those of a whole budget.
-    """
-    if trial is None:
-        return {}
-    lowest = best(trial.evaluations)
-    return {
-        "best_eval_loss": lowest.loss if lowest else None,
-        "best_step": lowest.step if lowest else None,
-        "first_rung_eval_loss": next((e.loss for e in trial.evaluations if e.evaluation == first_rung), None),
-        "budget_share": max((e.evaluation for e in trial.evaluations), default=0) / evaluations,
-    }
+def _summary(evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:
+    """What W&B shows of a run in its table."""
+    return tracking.summary(
+        {each.evaluation: each.objective for each in evaluations},
+        {each.evaluation: each.loss for each in evaluations},
+        {each.evaluation: each.step for each in evaluations},
+        assignment.first_rung,
+        assignment.job.budget.evaluations,
+        assignment.criterion,
+    )

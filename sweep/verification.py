@@ -11,6 +11,7 @@ from typing import Literal
 
 from optuna.trial import TrialState
 
+from sweep.criterion import LOSS, Criterion
 from sweep.place import Place
 from sweep.study import Entry, Ledger, Proposal, SpaceExhausted, ranking
 from trainables.config import QLoRAConfig
@@ -26,7 +27,7 @@ class Verified:
     trial: int
     """That of the search with this configuration."""
     losses: tuple[float, ...]
-    """Best validation loss of each run that used its whole budget, by seed."""
+    """Best validation loss, or value of the objective, of each run that used its whole budget, by seed."""
     failed: int
     """Runs that ended without."""
     mean: float | None
@@ -90,15 +91,16 @@ def result(search: Ledger) -> Verification | None:
     )
 
 
-def lines(found: Verification | None) -> list[str]:
+def lines(found: Verification | None, criterion: Criterion = LOSS) -> list[str]:
     """The same in words."""
     if found is None:
         return []
-    told = [f"Verification: best validation loss over fresh seeds, mean ({CONFIDENCE:.0%} t-interval)"]
+    told = [f"Verification: best {criterion.name} over fresh seeds, mean ({CONFIDENCE:.0%} t-interval)"]
+    text = criterion.distance
     words = {"winner": "the winner of the search", "tied": "tied within noise", None: "not compared"}
     for each in found.configurations:
-        mean = "-" if each.mean is None else f"{each.mean:.4f}"
-        interval = f" ({each.interval[0]:.4f} to {each.interval[1]:.4f})" if each.interval else ""
+        mean = "-" if each.mean is None else text(each.mean)
+        interval = f" ({text(each.interval[0])} to {text(each.interval[1])})" if each.interval else ""
         runs = f"{len(each.losses)} run{'' if len(each.losses) == 1 else 's'}"
         failed = f" and {each.failed} that failed" if each.failed else ""
         verdict = words.get(each.verdict, f"{each.verdict} than the winner beyond noise")
@@ -112,26 +114,26 @@ def lines(found: Verification | None) -> list[str]:
         told.append(
             f"Tied within noise where p of Welch's t-test against the winner is at least {_level(others):.3g}{together}"
         )
-    if better := _better(found):
+    if better := _better(found, criterion):
         told.append(
-            f"Trial {better.trial:03d} has a lower mean than the winner, beyond noise."
+            f"Trial {better.trial:03d} has a {criterion.better} mean than the winner, beyond noise."
             " best/ stays what the search chose"
         )
     return told
 
 
-def advice(found: Verification | None, place: Place) -> list[str]:
+def advice(found: Verification | None, criterion: Criterion, place: Place) -> list[str]:
     """The command that takes home what is better than the winner, if so. Not for others to read: it names a place."""
-    better = _better(found)
+    better = _better(found, criterion)
     if better is None:
         return []
     return [f"Take trial {better.trial:03d} home with: {place.command('export', '--trial', str(better.trial))}"]
 
 
-def _better(found: Verification | None) -> Verified | None:
-    """The configuration with the lowest mean, of those that are better than the winner beyond noise."""
-    lower = [each for each in found.configurations if each.verdict == "lower"] if found else []
-    return min(lower, key=lambda each: each.mean or 0.0, default=None)
+def _better(found: Verification | None, criterion: Criterion) -> Verified | None:
+    """The best configuration, of those that are better than the winner beyond noise."""
+    better = [each for each in found.configurations if each.verdict == criterion.better] if found else []
+    return min(better, key=lambda each: criterion.turned(each.mean or 0.0), default=None)
 
 
 def _with_seed(config: QLoRAConfig, seed: int) -> QLoRAConfig:
@@ -140,8 +142,8 @@ def _with_seed(config: QLoRAConfig, seed: int) -> QLoRAConfig:
 
 def _losses(runs: Sequence[Entry]) -> tuple[float, ...]:
     """Of whole runs, by seed."""
-    whole = [entry for entry in runs if entry.state is TrialState.COMPLETE]
-    return tuple(entry.best[1] for entry in sorted(whole, key=lambda entry: entry.config.seed) if entry.best)
+    whole = sorted((run for run in runs if run.state is TrialState.COMPLETE), key=lambda run: run.config.seed)
+    return tuple(run.criterion.turned(run.best[1]) for run in whole if run.best)
 
 
 def _verified(entry: Entry, runs: Sequence[Entry], winner: Sequence[Entry], others: int, *, wins: bool) -> Verified:

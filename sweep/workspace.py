@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sweep import tracking
+from sweep.criterion import LOSS, Criterion
 from sweep.space import Range, Space
 from sweep.status import Status
 from sweep.sync import Failed, Refused, Server
@@ -13,9 +14,8 @@ from sweep.tracking import STEP
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces
 
-BEST = "best_eval_loss"
-COLUMNS = (BEST, "first_rung_eval_loss", "state", "stop_reason", "best_step", "budget_share")
-"""Of the runs table, before the searched hyperparameters; from the summary that `sweep.trainable` gives a run."""
+COLUMNS = ("best_eval_loss", "first_rung_eval_loss", "state", "stop_reason", "best_step", "budget_share")
+"""Of the runs table, before the searched hyperparameters; from `tracking.summary`. What is searched for comes first."""
 MACHINE = {
     "gpu": "GPU utilisation (%)",
     "powerWatts": "GPU power (W)",
@@ -25,7 +25,7 @@ MACHINE = {
 DEVICES = 8
 """GPUs of one machine that panels look for; those that it does not have are not drawn."""
 RUNS = 100
-"""Most runs that a panel draws, lowest loss first; W&B draws 10 unless told."""
+"""Most runs that a panel draws, best first; W&B draws 10 unless told."""
 
 # `model` is a project; without an entity, one of the key's own. What wandb asks before it goes on with a run, too.
 _FIND = """
@@ -57,10 +57,13 @@ def make_for(found: Status) -> View:
     if kept and kept == len(tracking.run_ids(directory)):
         raise Refused(f"W&B has none of its runs ({kept}) yet; upload them first: {found.place.command('sync')}")
     project = spec.tracking.project or spec.name
-    return make(project, spec.tracking.entity, spec.name, found.ledger.noted("sweep_id"), spec.space)
+    sweep_id, criterion = found.ledger.noted("sweep_id"), found.ledger.criterion
+    return make(project, spec.tracking.entity, spec.name, sweep_id, spec.space, criterion)
 
 
-def make(project: str, entity: str | None, group: str, sweep_id: str, space: Space) -> View:
+def make(
+    project: str, entity: str | None, group: str, sweep_id: str, space: Space, criterion: Criterion = LOSS
+) -> View:
     """The view of the runs of a `group`, which is laid out when the project does not have it.
 
     It is found by the sweep's id. One that is there is left as people arranged it: deleting it in W&B and asking for it
@@ -76,7 +79,7 @@ def make(project: str, entity: str | None, group: str, sweep_id: str, space: Spa
         owner = served["entity"]["name"]
         is_new = not served["allViews"]["edges"]
         if is_new:
-            _save(_layout(project, owner, group, space), sweep_id)
+            _save(_layout(project, owner, group, space, criterion), sweep_id)
         return View(f"{server.app_url}{owner}/{project}?nw={sweep_id}", is_new)
     finally:
         tracking.close()
@@ -97,17 +100,18 @@ def _save(view: "workspaces.Workspace", sweep_id: str) -> None:
         raise Failed(f"W&B did not save the view ({' '.join(f'{type(error).__name__}: {error}'.split())})") from error
 
 
-def _layout(project: str, entity: str, group: str, space: Space) -> "workspaces.Workspace":
+def _layout(project: str, entity: str, group: str, space: Space, criterion: Criterion) -> "workspaces.Workspace":
     """What a sweep is read by, best run first; nothing is contacted."""
     from wandb_workspaces import expr
     from wandb_workspaces import workspaces as ws
     from wandb_workspaces.reports import v2 as wr
 
+    best = COLUMNS[0] if criterion.is_loss else f"best_{criterion.name}"
     axes = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(name), display_name=name, log=log)
         for name, log in _scales(space).items()
     ]
-    coloured_by = wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(BEST), display_name=BEST)  # the last axis is
+    coloured_by = wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(best), display_name=best)  # the last axis is
 
     def curve(title: str, metric: str, **smoothing: object) -> wr.LinePlot:
         return wr.LinePlot(title=title, x=STEP, y=[metric], **smoothing)
@@ -115,10 +119,11 @@ def _layout(project: str, entity: str, group: str, space: Space) -> "workspaces.
     smoothed = {"smoothing_type": "exponential", "smoothing_factor": 0.6, "smoothing_show_original": True}
     sections = {
         "What mattered": [
-            wr.ParallelCoordinatesPlot(title="Configurations and best validation loss", columns=[*axes, coloured_by]),
-            wr.ParameterImportancePlot(with_respect_to=BEST),
+            wr.ParallelCoordinatesPlot(title=f"Configurations and best {criterion.name}", columns=[*axes, coloured_by]),
+            wr.ParameterImportancePlot(with_respect_to=best),
         ],
         "Curves": [
+            *([] if criterion.is_loss else [curve(criterion.name, f"eval/{criterion.name}")]),
             curve("Validation loss", "eval/loss"),
             curve("Training loss", "train/loss", **smoothed),
             curve("Learning rate", "train/learning_rate"),
@@ -132,7 +137,9 @@ def _layout(project: str, entity: str, group: str, space: Space) -> "workspaces.
             for metric, title in MACHINE.items()
         ],
     }
-    columns = [f"summary:{name}" for name in COLUMNS] + [f"config:{name}.value" for name in space.searched]
+    columns = [f"summary:{name}" for name in dict.fromkeys([best, *COLUMNS])] + [
+        f"config:{name}.value" for name in space.searched
+    ]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -141,7 +148,7 @@ def _layout(project: str, entity: str, group: str, space: Space) -> "workspaces.
         settings=ws.WorkspaceSettings(max_runs=RUNS),
         runset_settings=ws.RunsetSettings(
             filters=expr.And(expr.Metric("Group") == group),
-            order=[expr.Ordering(expr.Summary(BEST), ascending=True)],
+            order=[expr.Ordering(expr.Summary(best), ascending=not criterion.maximized)],
             pinned_columns=columns,
         ),
     )

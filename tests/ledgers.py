@@ -6,7 +6,7 @@ from threading import Thread
 
 import optuna
 
-from sweep import tracking
+from sweep import scoring, tracking
 from sweep.early_stopping import rungs, settle
 from sweep.place import Place
 from sweep.spec import SweepSpec, dump
@@ -33,9 +33,10 @@ def swept(spec: SweepSpec, place: Place) -> Status:
     Every trial has used a second and 100 MB for each rank.
     """
     ledger = memory_ledger()
+    ledger.compare_by(spec.criterion)
     rule, evaluations = spec.early_stopping, spec.budget.evaluations
     stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
-    job = Job(model="", tokens="", budget=spec.budget.per_trial)
+    job = Job(model="", tokens="", budget=spec.budget.per_trial, completions=spec.completions)
     first = first_params(spec.space, spec.search.first)
     for number in range(spec.search.trials):
         entry = ledger.add(propose(ledger.entries(), spec.space, spec.search.sampler, spec.search.seed, first))
@@ -47,11 +48,16 @@ def swept(spec: SweepSpec, place: Place) -> Status:
         over, rank = False, entry.config.r
         while not over:
             slice_ = trial.advance(0)
-            tracking.log(run, slice_)
+            done = slice_.evaluation
+            if done is not None and slice_.written is not None:
+                value = scoring.objective_of(spec.metric, spec.criterion.name, slice_.written)
+                done = replace(done, score=spec.criterion.turned(value))
+                slice_ = replace(slice_, evaluation=done)
+            tracking.log(run, slice_, spec.criterion)
             cost = Cost(rank * trial.step / trial.total_steps, trial.step, 8 * trial.step, 100_000_000 * rank)
-            if slice_.evaluation is not None:
+            if done is not None:
                 ledger.spend(number, cost)
-                ledger.report(number, slice_.evaluation.evaluation, slice_.evaluation.loss)
+                ledger.report(number, done.evaluation, done.objective, None if done.score is None else done.loss)
                 over = settle(ledger, number, evaluations, stops, rule.reduction if rule else 1.0)
     place.paths.spec.write_text(dump(spec))
     return Status(place, spec, ledger, ledger.entries(), None)

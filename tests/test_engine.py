@@ -15,12 +15,13 @@ from sweep.study import ranking
 from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, curve, losses, steps
 from tests.test_qlora_sft import tiny as tiny  # a fixture
+from tests.test_scoring import written_by
 from trainables import checkpoint, model, qlora_sft
 from trainables.config import QLoRAConfig
 from trainables.packed import base as bases
 from trainables.packed import engine as engines
 from trainables.packed.engine import Engine
-from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, OutOfMemory, Step
+from trainables.protocol import Evaluation, Forgotten, Job, NoRoomYet, OutOfMemory, Scored, Step
 
 
 def config(**changed: object) -> QLoRAConfig:
@@ -102,6 +103,31 @@ def test_each_gets_what_it_gets_alone(engine, tiny, monkeypatch):
         training, validation = curve(each, job)
         assert losses(done) == pytest.approx(training, abs=tolerance)
         assert losses(evaluations) == pytest.approx(validation, abs=tolerance)
+
+
+def test_each_writes_what_it_writes_alone(engine, tiny):
+    job = replace(tiny, budget=steps(8, 4), completions=9)
+    changes = [{}, {"r": 4}, {"seed": 5, "batch_size": 4}, {"quant_type": "fp4"}]
+    configs = [CONFIG.model_copy(update=changed) for changed in changes]
+    alone = []
+    for each in configs:
+        trial = qlora_sft.start(each, job, None)
+        alone.append(written_by(trial))
+        trial.close()
+
+    def in_engine(number: int) -> list[Scored]:
+        key = f"trial {number}"
+        engine.start(key, number, configs[number], job, None)
+        found: list[Scored] = []
+        while True:
+            slice_, _ = engine.advance(key, 0.05)
+            found += [slice_.written] if slice_.written else []
+            if slice_.done:
+                return found
+
+    with ThreadPoolExecutor(len(configs)) as pool:
+        assert list(pool.map(in_engine, range(len(configs)))) == alone
+    assert len({tuple(scored.completions for scored in each) for each in alone}) == len(configs)
 
 
 def decided(curves: list[list[float]]) -> tuple[list[tuple[TrialState, int]], list[int]]:

@@ -282,7 +282,7 @@ def test_order_of_the_data():
 def test_evaluation_batches_waste_little():
     lengths = np.random.default_rng(0).integers(5, 120, 300)
     lengths[17] = 900
-    batches = qlora_sft.rows_of_evaluation(lengths, tokens=512)
+    batches = data.micro_batches(lengths, tokens=512)
     assert sorted(np.concatenate(batches)) == list(range(300))
     padded = [len(batch) * max(lengths[batch]) for batch in batches]
     assert max(padded[:-1]) <= 512

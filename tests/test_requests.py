@@ -139,8 +139,8 @@ def test_a_revived_trial_counts_once_and_passes_its_rungs(sweep):
     spec = specs.load(sweep / "space.yaml")
     ledger.revive(1)
     assert len(ledger) == 3
-    assert ledger.losses_at(1, without=0) == [3.0, 1.9]
-    assert ledger.losses_at(1, without=1) == [2.0, 1.9]
+    assert ledger.objectives_at(1, without=0) == [3.0, 1.9]
+    assert ledger.objectives_at(1, without=1) == [2.0, 1.9]
     assert not settle(ledger, 1, **RULE)  # where it was stopped
     ledger.report(1, 2, 2.9)
     ledger.report(1, 3, 2.8)

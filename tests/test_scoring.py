@@ -24,6 +24,7 @@ from tests.test_qlora_sft import CONFIG, finish, stock_base
 from tests.test_qlora_sft import tiny as tiny  # a fixture
 from trainables import data, qlora_sft
 from trainables.packed import base
+from trainables.packed.base import Base
 from trainables.protocol import Job, OutOfMemory, Scored
 from trainables.scoring import score
 
@@ -106,6 +107,55 @@ def test_memory_that_runs_out_halves_what_is_scored_together(tiny, trained, monk
     fits = 0
     with pytest.raises(OutOfMemory, match=r"a single row of \d+ tokens does not fit beside the model; free memory"):
         score(*asked, halvings=0, loss=True, completions=False)
+
+
+def written_by(trial) -> list[Scored]:
+    """What a trial writes at each evaluation, to its end."""
+    found = []
+    while True:
+        slice_ = trial.advance(0.0)
+        assert (slice_.written is None) == (slice_.evaluation is None)
+        found += [slice_.written] if slice_.written else []
+        if slice_.done:
+            return found
+
+
+def test_a_trial_writes_what_its_saved_adapter_writes(tiny, trained, monkeypatch):
+    directory, losses = trained
+    monkeypatch.setitem(qlora_sft.SCORED_AT_ONCE, "cpu", 200)
+    trial = qlora_sft.start(CONFIG, replace(tiny, score_base=True, completions=10), None)
+    written = written_by(trial)
+    trial.close()
+    assert [evaluation.loss for evaluation in trial.evaluations] == losses  # which do not change by it
+    assert len(written) == len(losses)
+    for found, adapter in ((written[0], None), (written[-1], (directory / qlora_sft.ADAPTER).read_bytes())):
+        asked = {"halvings": 0, "loss": False, "completions": True}
+        scored = score(tiny.model, CONFIG, adapter, Path(tiny.tokens), "validation", **asked)
+        assert found.rows == 10
+        assert found.prompts == scored.prompts[:10]
+        assert found.references == scored.references[:10]
+        assert found.completions == scored.completions[:10]
+    assert written[0].completions != written[-1].completions
+
+
+def test_no_memory_to_write_has_the_evaluation_begin_again(tiny, monkeypatch):
+    job = replace(tiny, score_base=True, completions=100)  # there are 24
+    trial = qlora_sft.start(CONFIG, job, None)
+    continuations = Base.continuations
+
+    def full(*asked):
+        monkeypatch.setattr(Base, "continuations", continuations)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Base, "continuations", full)
+    with pytest.raises(OutOfMemory):
+        trial.advance(math.inf)
+    assert trial.evaluations == ()
+    slice_ = trial.advance(math.inf)
+    assert (slice_.evaluation.evaluation, slice_.written.rows) == (0, 24)
+    prompts = sum(len(prompt) for prompt, _ in data.with_answers(data.load(Path(tiny.tokens)).validation))
+    assert slice_.evaluation.tokens > len(trial.validation.input_ids) + prompts
+    trial.close()
 
 
 SCORED = Scored(2, None, ("a", "b"), ("100", "1,000"), ("$90.5", "no idea"))

@@ -91,7 +91,7 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    assert len(specs.keys()) == 39
+    assert len(specs.keys()) == 42
     assert [key for key, field in specs.keys().items() if not field.description] == []
 
 
@@ -231,6 +231,21 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("one seed", "name: demo", "name: demo\nverify: {seeds: 1}", 2, ["verify.seeds: received 1", "equal to 2"]),
     ("metric", "name: demo", "name: demo\nmetric: a.b", 2, ['metric: received "a.b"', "package.module:function"]),
     ("metric of a toy", "name: demo", "name: demo\nmetric: a.b:c", 2, ["a toy writes nothing"]),
+    (
+        "objective of nothing",
+        "name: demo",
+        "name: demo\nobjective: {direction: minimize}",
+        2,
+        ["`metric`, which is missing"],
+    ),
+    ("no direction", "name: demo", "name: demo\nmetric: a.b:c\nobjective: {}", 3, ["objective.direction: is missing"]),
+    (
+        "a name that is taken",
+        "name: demo",
+        "name: demo\nmetric: a.b:loss\nobjective: {direction: maximize}",
+        3,
+        ["objective: is called loss"],
+    ),
     (
         "seeds searched and verified",
         "[nf4, fp4]}",

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from scipy import stats
 
 from sweep import verification
+from sweep.criterion import LOSS
 from sweep.place import Place
 from sweep.study import Ledger, SpaceExhausted, ranking
 from tests import sweeps
@@ -82,7 +83,7 @@ def test_means_intervals_and_verdicts_are_those_of_scipy() -> None:
     assert "4 runs: tied within noise, p = " in told
     assert "4 runs: higher than the winner beyond noise, p < 0.001" in told
     assert "is at least 0.025 (0.05 for 2 comparisons together)" in told
-    assert verification.advice(found, Place("/sweeps/toy")) == verification.advice(None, Place("/sweeps/toy")) == []
+    assert verification.advice(found, LOSS, Place("/sweeps/toy")) == []
 
 
 def test_one_test_of_many_must_say_it_more_clearly() -> None:
@@ -104,7 +105,7 @@ def test_another_configuration_that_is_better_is_named_and_the_winner_stays() ->
     assert [each.verdict for each in found.configurations] == ["winner", "lower", "lower"]
     told = verification.lines(found)
     assert told[-1] == "Trial 002 has a lower mean than the winner, beyond noise. best/ stays what the search chose"
-    advice = verification.advice(found, Place("/my sweeps/toy"))
+    advice = verification.advice(found, LOSS, Place("/my sweeps/toy"))
     assert advice == ["Take trial 002 home with: python -m sweep export '/my sweeps/toy' --trial 2"]
     assert ranking(search.entries())[0].number == 0
 

@@ -39,7 +39,12 @@ class Checkpoint:
     @property
     def loss(self) -> float | None:
         """Validation loss of exactly these weights; None when it was not taken at this step."""
-        return next((e.loss for e in self.evaluations if e.step == self.step), None)
+        return None if self.evaluation is None else self.evaluation.loss
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """That of exactly these weights."""
+        return next((e for e in self.evaluations if e.step == self.step), None)
 
 
 def path_of(trial_dir: Path, step: int) -> Path:
@@ -104,15 +109,16 @@ def before(found: Checkpoint) -> Path | None:
 
 
 def best(trial_dir: Path) -> Checkpoint | None:
-    """The checkpoint with the lowest validation loss of its own, or None. Reads manifests only: `read` verifies."""
+    """The checkpoint with the best evaluation of its own, or None. Reads manifests only: `read` verifies."""
     scored: list[tuple[float, int, Checkpoint]] = []
     for path in _all(trial_dir):
         try:
             found, _ = _manifest(path, (1, FORMAT))
         except ValueError:  # torn: `newest` warns of it
             continue
-        if found.loss is not None and math.isfinite(found.loss) and found.step > 0:
-            scored.append((found.loss, found.step, found))
+        mine = found.evaluation
+        if mine is not None and math.isfinite(mine.objective) and found.step > 0:
+            scored.append((mine.objective, found.step, found))
     return min(scored, key=lambda row: row[:2], default=(None, None, None))[2]
 
 

@@ -117,6 +117,19 @@ def with_answers(rows: Rows) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]
     return found
 
 
+def micro_batches(lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
+    """Row numbers cut into micro-batches of at most `tokens` tokens with padding; a longer row stands alone.
+
+    Rows of like length come together, shortest first, so that there is little padding.
+    """
+    batches: list[list[int]] = [[]]
+    for row in np.argsort(lengths, kind="stable").tolist():
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [np.array(batch) for batch in batches]
+
+
 def _open(directory: Path) -> Rows:
     def array(name: str) -> Any:
         return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)

@@ -5,7 +5,6 @@ A trainable is a module with one function (what its trials share is made once pe
     start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +48,8 @@ class Job:
     budget: Budget
     score_base: bool = False
     """Also report evaluation 0: the validation loss before the first step, which is the quantised base's own."""
+    completions: int = 0
+    """Validation rows, the first ones, whose answers are written at each evaluation; there may be fewer."""
     halvings: int = 0
     """How often the micro-batch was halved because memory ran out; what a step learns from stays the same."""
 
@@ -96,11 +97,28 @@ class Evaluation:
     """Tokens that went through the model, padding not counted."""
     seconds: float = 0.0
     """Wall clock of the pass."""
+    score: float | None = None
+    """What is searched for when that is not the loss; less is better. The framework's business: trials leave it."""
+
+    @property
+    def objective(self) -> float:
+        """What it is compared with others by, less is better."""
+        return self.loss if self.score is None else self.score
 
 
-def best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The one with the lowest loss, the earliest of equal ones; that of the untrained base does not count."""
-    return min((e for e in evaluations if e.evaluation > 0), key=lambda e: e.loss, default=None)
+@dataclass(frozen=True)
+class Scored:
+    """What a finished adapter, or the base alone, does on rows."""
+
+    rows: int
+    loss: float | None
+    """Mean cross-entropy per supervised token, nats; None when it was not asked for."""
+    prompts: tuple[str, ...] = ()
+    """What leads to the answer of each row, as the model reads it, without special tokens."""
+    references: tuple[str, ...] = ()
+    """The answers."""
+    completions: tuple[str, ...] = ()
+    """What was written instead of them; all three are empty when that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,8 @@ class Slice:
     gpu_load: float | None = None
     """Share of the last moment, up to a second, in which the GPU was computing, for whatever process; None where there
     is no GPU, or it does not say."""
+    written: Scored | None = None
+    """Set with an evaluation, unless it failed, when `Job.completions` are asked for."""
 
     def followed_by(self, later: "Slice") -> "Slice":
         """Both as one, where this one has no evaluation."""
@@ -171,21 +191,6 @@ class Timed:
     """Seconds of an optimiser step, the mean of two."""
     evaluation: float
     """Seconds of a pass over the validation rows."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a finished adapter, or the base alone, does on rows."""
-
-    rows: int
-    loss: float | None
-    """Mean cross-entropy per supervised token, nats; None when it was not asked for."""
-    prompts: tuple[str, ...] = ()
-    """What leads to the answer of each row, as the model reads it, without special tokens."""
-    references: tuple[str, ...] = ()
-    """The answers."""
-    completions: tuple[str, ...] = ()
-    """What was written instead of them; all three are empty when that was not asked for."""
 
 
 @dataclass(frozen=True)

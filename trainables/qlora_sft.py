@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from trainables import data, model
+from trainables.answers import Answers
 from trainables.checkpoint import Checkpoint, disk_errors
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work, labels_of
-from trainables.protocol import Evaluation, Job, OutOfMemory, Slice, Step, Trial
+from trainables.protocol import Evaluation, Job, OutOfMemory, Scored, Slice, Step, Trial
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
@@ -90,16 +91,19 @@ class QLoRATrial:
             self.due[0] = 0
         self.micro_batch = config.micro_batch(job.halvings)
         lengths = np.diff(self.validation.offsets)
-        self.evaluation_batches = rows_of_evaluation(lengths, EVALUATION_TOKENS[self.device.type] >> job.halvings)
+        self.evaluation_batches = data.micro_batches(lengths, EVALUATION_TOKENS[self.device.type] >> job.halvings)
         self.step = 0
         self.evaluations: tuple[Evaluation, ...] = ()
         self.failure: str | None = None
         self.scored = 0
-        """Micro-batches of the evaluation that is under way."""
+        """Micro-batches of the evaluation that is under way; after those of the loss come those of the answers."""
         self.loss, self.seconds = 0.0, 0.0
         """Sum over what is scored, nats, and how long it took."""
+        self.tokens_written = 0
+        """Tokens that went through the model for answers."""
         self.new_steps: list[Step] = []
         self.new_evaluation: Evaluation | None = None
+        self.new_written: Scored | None = None
         warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
         self.learning_rate = learning_rates(config.schedule, config.learning_rate, warmup_steps, self.total_steps)
         self.facts = {
@@ -115,6 +119,12 @@ class QLoRATrial:
         layers = model.targets(self.base.layers, job.model, config.target_modules)
         self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
         self.banner = model.banner(self.base, self.adapter)
+        self.answers: Answers | None = None
+        self.answer_batches: list[NDArray[np.int64]] = []
+        if job.completions:
+            self.answers = Answers(Path(job.tokens), self.validation, self.base, self.pad, job.completions)
+            at_once = SCORED_AT_ONCE[self.device.type] >> job.halvings
+            self.answer_batches = data.micro_batches(self.answers.lengths, at_once)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.base.seat(self.adapter)
@@ -150,8 +160,10 @@ class QLoRATrial:
             memory, load = torch.cuda.max_memory_allocated(self.device), gpu_load(self.device)
         else:
             memory, load = psutil.Process().memory_info().rss, None
-        slice_ = Slice(tuple(self.new_steps), self.new_evaluation, self.failure, self.over, memory, load)
-        self.new_steps, self.new_evaluation = [], None
+        slice_ = Slice(
+            tuple(self.new_steps), self.new_evaluation, self.failure, self.over, memory, load, self.new_written
+        )
+        self.new_steps, self.new_evaluation, self.new_written = [], None, None
         return slice_
 
     def hold(self) -> Slice:
@@ -189,20 +201,37 @@ class QLoRATrial:
         self.scored += 1
         self.loss += loss
         self.seconds += seconds
+        if self.scored == len(self.evaluation_batches) and (self.answers is None or not math.isfinite(self.loss)):
+            self.note_evaluated()
+
+    def write(self) -> None:
+        """Write the next micro-batch of answers, and note the evaluation when it was the last."""
+        assert self.answers is not None
+        began = time.perf_counter()
+        numbers = self.answer_batches[self.scored - len(self.evaluation_batches)]
+        self.tokens_written += self.answers.write(self.adapter, numbers)
+        self.scored += 1
+        self.seconds += time.perf_counter() - began
+        if self.scored == len(self.evaluation_batches) + len(self.answer_batches):
+            self.new_written = self.answers.done()
+            self.note_evaluated()
+
+    def note_evaluated(self) -> None:
+        """Note the evaluation that is due."""
         number = self.evaluation_due
-        if self.scored == len(self.evaluation_batches) and number is not None:
-            labels = sum(labels_of(self.validation[row]) for row in range(len(self.validation)))
-            tokens = len(self.validation.input_ids)
-            evaluation = Evaluation(number, self.step, self.loss / labels, tokens, self.seconds)
-            self.new_evaluation = evaluation
-            self.evaluations += (evaluation,)
-            if not math.isfinite(evaluation.loss):
-                self.failure = f"validation loss is {evaluation.loss} after step {self.step}"
-            self.forget_scored()
+        assert number is not None
+        labels = sum(labels_of(self.validation[row]) for row in range(len(self.validation)))
+        tokens = len(self.validation.input_ids) + self.tokens_written
+        evaluation = Evaluation(number, self.step, self.loss / labels, tokens, self.seconds)
+        self.new_evaluation = evaluation
+        self.evaluations += (evaluation,)
+        if not math.isfinite(evaluation.loss):
+            self.failure = f"validation loss is {evaluation.loss} after step {self.step}"
+        self.forget_scored()
 
     def forget_scored(self) -> None:
         """The evaluation under way begins again."""
-        self.scored, self.loss, self.seconds = 0, 0.0, 0.0
+        self.scored, self.loss, self.seconds, self.tokens_written = 0, 0.0, 0.0, 0
 
     def save(self, directory: Path) -> None:
         config = self.config
@@ -295,7 +324,7 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
     losses = [torch.zeros((), device=base.model.device) for _ in trials]
     for number in range(max(len(step) for step in steps)):
         present = {i: step[number] for i, step in enumerate(steps) if number < len(step)}
-        for some in together(present, LEARNT_AT_ONCE[base.model.device.type]):
+        for some in in_groups(present, LEARNT_AT_ONCE[base.model.device.type]):
             of_labels = base.losses([present[i] for i in some], pad)
             means = [each.sum() / labels[i] for i, each in zip(some, of_labels, strict=True)]
             torch.stack(means).sum().backward()
@@ -313,7 +342,7 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
             trial.note_learned(loss, norm, count, seconds * count / sum(tokens))
 
 
-def together(works: Mapping[int, Work], tokens: int) -> list[list[int]]:
+def in_groups(works: Mapping[int, Work], tokens: int) -> list[list[int]]:
     """Keys of neighbours that take at most so many tokens with padding; what takes more stands alone."""
     groups: list[list[int]] = []
     rows = width = 0
@@ -327,12 +356,16 @@ def together(works: Mapping[int, Work], tokens: int) -> list[list[int]]:
 
 
 def _score(trials: Sequence[QLoRATrial]) -> None:
-    """Score the next micro-batch of those that are least far."""
+    """Score the next micro-batch of those that are least far. Answers are written for one at a time."""
     began = time.perf_counter()
     least = min(trial.scored for trial in trials)
     first = next(trial for trial in trials if trial.scored == least)
+    if least >= len(first.evaluation_batches):
+        first.write()
+        return
     numbers = first.evaluation_batches[least]
-    together = [t for t in trials if t.scored == least and np.array_equal(t.evaluation_batches[least], numbers)]
+    alike = [trial for trial in trials if trial.scored == least < len(trial.evaluation_batches)]
+    together = [trial for trial in alike if np.array_equal(trial.evaluation_batches[least], numbers)]
     rows: list[Row] = [first.validation[int(number)] for number in numbers]
     most = SCORED_AT_ONCE[first.device.type] // (len(rows) * max(len(ids) for ids, _ in rows))
     together = together[: max(1, most)]
@@ -352,19 +385,6 @@ def rows_of_step(step: int, rows: int, batch_size: int, seed: int) -> NDArray[np
     epoch, index = divmod(step, -(-rows // batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(rows)
     return order[index * batch_size : (index + 1) * batch_size]
-
-
-def rows_of_evaluation(lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
-    """Row numbers cut into micro-batches of at most `tokens` tokens with padding; a longer row stands alone.
-
-    Rows of like length come together, shortest first, so that there is little padding.
-    """
-    batches: list[list[int]] = [[]]
-    for row in np.argsort(lengths, kind="stable").tolist():
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return [np.array(batch) for batch in batches]
 
 
 def learning_rates(schedule: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:

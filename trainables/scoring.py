@@ -9,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from trainables import data
 from trainables import model as models
+from trainables.answers import Answers
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work
 from trainables.protocol import OutOfMemory, Scored
-from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, out_of_memory, rows_of_evaluation, set_weights
+from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, out_of_memory, set_weights
 
 T = TypeVar("T")
 
@@ -58,27 +58,13 @@ def score(
             )
         if not completions:
             return Scored(len(rows), found)
-        tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
-        pairs = data.with_answers(rows)
-        longest = max(len(reference) for _, reference in pairs)
-        ends = base.ends() | ({tokenizer.eos_token_id} - {None})
-        lengths = np.array([len(prompt) + longest for prompt, _ in pairs])
-        written: dict[int, list[int]] = {}
-
-        def continued(numbers: NDArray[np.int64]) -> list[list[int]]:
-            prompts = [pairs[number][0] for number in numbers]
-            return base.continuations(worker, prompts, prepared.pad_token_id, ends, longest)
-
-        for numbers, some in in_micro_batches(lengths, SCORED_AT_ONCE[device.type] >> halvings, continued):
-            written |= dict(zip(numbers.tolist(), some, strict=True))
+        answers = Answers(tokens, rows, base, prepared.pad_token_id)
+        at_once = SCORED_AT_ONCE[device.type] >> halvings
+        for _ in in_micro_batches(answers.lengths, at_once, lambda numbers: answers.write(worker, numbers)):
+            pass
+        return answers.done(found)
     finally:
         base.dismiss(worker)
-
-    def texts(ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
-        return tuple(tokenizer.batch_decode([list(each) for each in ids], skip_special_tokens=True))
-
-    prompts, references = zip(*pairs, strict=True)
-    return Scored(len(rows), found, texts(prompts), texts(references), texts([written[i] for i in range(len(pairs))]))
 
 
 def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Tensor]) -> float:
@@ -96,11 +82,11 @@ def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Te
 def in_micro_batches(
     lengths: NDArray[np.int64], tokens: int, work: Callable[[NDArray[np.int64]], T]
 ) -> Iterator[tuple[NDArray[np.int64], T]]:
-    """Row numbers of each micro-batch, see `rows_of_evaluation`, and what `work` makes of them.
+    """Row numbers of each micro-batch, see `data.micro_batches`, and what `work` makes of them.
 
     When memory runs out, that one and all that follow get half its size. Raises `OutOfMemory` when not even a row fits.
     """
-    left = rows_of_evaluation(lengths, tokens)
+    left = data.micro_batches(lengths, tokens)
     while left:
         numbers = left.pop(0)
         try:
@@ -119,4 +105,4 @@ def in_micro_batches(
                 f" one that has more ({reason})"
             )
         rest = np.concatenate([numbers, *left])
-        left = [rest[some] for some in rows_of_evaluation(lengths[rest], len(numbers) * longest // 2)]
+        left = [rest[some] for some in data.micro_batches(lengths[rest], len(numbers) * longest // 2)]

@@ -2,7 +2,7 @@
 
 The validation loss falls exponentially towards a floor that is lowest at r 16, alpha 32, learning rate 3e-4, nf4 and
 bf16. Training losses carry noise whose generator is part of the state, so that a resume that loses state shows.
-A learning rate above 0.05 diverges to NaN.
+A learning rate above 0.05 diverges to NaN. Asked for completions, it writes its validation loss in place of a 1.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Evaluation, Job, OutOfMemory, Slice, Step
+from trainables.protocol import Evaluation, Job, OutOfMemory, Scored, Slice, Step
 
 ROWS = 480
 """Training rows that an epoch is taken to have."""
@@ -51,6 +51,7 @@ class Toy:
         self.total_steps = job.budget.total_steps(ROWS, config.batch_size)
         self.due = job.budget.evaluation_steps(self.total_steps)
         self.score_base = job.score_base
+        self.completions = job.completions
         self.seconds_per_step = float(os.environ.get("TOY_STEP_SECONDS", "0"))
         self.fault, _, at = os.environ.get("TOY_FAULT", ":-1").partition(":")
         self.fault_step = int(at) if checkpoint is None else -1
@@ -99,7 +100,12 @@ class Toy:
     def _evaluate(self, number: int, steps: tuple[Step, ...]) -> Slice:
         evaluation = Evaluation(number, self.step, self._loss() + 0.1 * self.momentum)
         self.evaluations += (evaluation,)
-        return Slice(steps, evaluation, None, self.step == self.total_steps, 0)
+        return Slice(steps, evaluation, None, self.step == self.total_steps, 0, written=self._written(evaluation.loss))
+
+    def _written(self, loss: float) -> Scored | None:
+        rows = self.completions
+        prompts = tuple(f"row {row}" for row in range(rows))
+        return Scored(rows, None, prompts, ("1",) * rows, (f"{loss:.9f}",) * rows) if rows else None
 
     def _loss(self) -> float:
         speed = 6.0 * min(1.0, self.config.learning_rate / 1e-4)

@@ -64,7 +64,8 @@ class Adapter:
         ends = self.gradient.numel() // PIECE * PIECE
         pieces = torch.linalg.vector_norm(self.gradient[:ends].view(-1, PIECE), dim=1)
         rest = torch.linalg.vector_norm(self.gradient[ends:])
-        return torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64).float()
+        norm: Tensor = torch.linalg.vector_norm(torch.cat([pieces, rest[None]]), dtype=torch.float64)
+        return norm.float()
 
     def update(self, norm: float, learning_rate: float) -> None:
         """Clip gradients of this `norm`, take an optimiser step, and forget them."""

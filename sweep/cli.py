@@ -81,6 +81,10 @@ def rerun(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. budget.epochs=3. Repeatable."),
     ] = None,
+    all_data: Annotated[
+        bool,
+        typer.Option("--all-data", help="Train on the validation rows, too: NAME-all-NNN, without a validation loss."),
+    ] = False,
     address: Annotated[
         str, typer.Option(help="Ray cluster to join; `local` starts one on this machine alone.")
     ] = "local",
@@ -91,6 +95,8 @@ def rerun(
     Example: python -m sweep rerun sweeps/pricer --trial 7 --set budget.epochs=3
 
     Model, data, budget and seed are as recorded unless set otherwise. The same command goes on with it.
+    With --all-data the budget is, unless set, as many passes over all rows as the best checkpoint of the
+    trial had made over the training rows, and the last checkpoint is what is exported.
 
     Exit codes: 0 done, 1 the trial did not finish, 2 wrong input and nothing was started, 75 preempted: run it again.
     """
@@ -99,7 +105,7 @@ def rerun(
     from sweep.status import NoSweep, look, rerun_spec
 
     try:
-        spec = rerun_spec(look(sweep, ledger), trial, set_ or [], ledger)
+        spec = rerun_spec(look(sweep, ledger), trial, set_ or [], ledger, all_data=all_data)
     except (NoSweep, SpecError) as error:
         raise typer.Exit(_wrong_input(error)) from error
     _run(spec, address)

@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
-from sweep.report import conclusion
-from sweep.status import Status
+from sweep.report import UNSCORED, conclusion
+from sweep.status import Status, tokenised
 from sweep.study import Entry, Ledger, ranking
 from trainables import checkpoint, data
 
@@ -44,7 +44,8 @@ class Home:
 def export_best(
     ledger: Ledger, place: Place, model: str, tokenizer: Path | None, warn: Callable[[str], object]
 ) -> Entry | None:
-    """Make best/ from the checkpoint with the lowest validation loss of all that are intact.
+    """Make best/ from the checkpoint with the lowest validation loss of all that are intact, or from the last one of a
+    trial that has no validation loss.
 
     What is in best/ stays when it is of a lower loss than those. `tokenizer` is the directory of its files; without
     one, of a toy, only the configuration is written. Returns the trial of which best/ is, None when there is none;
@@ -53,15 +54,16 @@ def export_best(
     entries = ledger.entries()
     found = _lowest_intact(entries, place, warn)
     before = exported(place)
-    if before is not None and (found is None or before["validation_loss"] < found[1]):
+    loss = None if found is None else found[1].loss
+    if before is not None and (found is None or (loss is not None and before["validation_loss"] < loss)):
         number: int = before["trial"]
         warn(f"best/ is left as it is, of trial {number:03d}: its checkpoint is damaged or gone")
         return ledger.entry(number)
     if found is None:
         return None
-    winner, loss, kept = found
-    lowest = ranking(entries)[0]
-    if lowest.best is not None and lowest.best[1] < loss:
+    winner, kept = found
+    lowest = next(iter(ranking(entries)), winner)
+    if lowest.best is not None and loss is not None and lowest.best[1] < loss:
         warn(
             f"best/ is of trial {winner.number:03d} ({loss:.4f}): the checkpoint of trial {lowest.number:03d}"
             f" ({lowest.best[1]:.4f}) is damaged or gone"
@@ -73,21 +75,27 @@ def export_best(
 
 def _lowest_intact(
     entries: Sequence[Entry], place: Place, warn: Callable[[str], object]
-) -> tuple[Entry, float, checkpoint.Checkpoint] | None:
-    """Of all checkpoints that are intact, that with the lowest validation loss, which is given, too, and its trial."""
+) -> tuple[Entry, checkpoint.Checkpoint] | None:
+    """Of all checkpoints that are intact, that with the lowest validation loss, and its trial; see `to_take_home`."""
     for entry in entries:
         place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
-    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
-    scored = [(entry, found.loss, found) for entry, found in kept if found and found.loss is not None]
-    for entry, loss, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
+    kept = [(entry, found) for entry in entries if (found := to_take_home(place, entry)) is not None]
+    for entry, found in sorted(kept, key=lambda row: (row[1].loss or 0.0, row[0].number)):
         place.pull_checkpoints(found.path.parent)
         try:
             checkpoint.read(found.path)
         except ValueError as error:
             warn(str(error))
         else:
-            return entry, loss, found
+            return entry, found
     return None
+
+
+def to_take_home(place: Place, entry: Entry) -> checkpoint.Checkpoint | None:
+    """What there is of a trial here: the checkpoint of its lowest validation loss; of one that has none, for it was
+    trained on the validation rows, too, its last."""
+    directory = place.paths.trial(entry.number)
+    return checkpoint.last(directory) if entry.unscored else checkpoint.best(directory)
 
 
 def exported(place: Place) -> dict[str, Any] | None:
@@ -120,17 +128,19 @@ def export(
 
 def export_merged(
     ledger: Ledger, to: Path, model: str, named: str, tokens: Path, entry: Entry, found: checkpoint.Checkpoint
-) -> float:
+) -> float | None:
     """Put the base model with the adapter of a checkpoint added to its weights, in bf16, into the directory `to`.
 
     `named` is what the model is called there, `tokens` are those of the sweep. Returns the validation loss of what was
-    written, which is not that of the adapter: that was trained on the base in 4 bits. Raises what `merging.merge` does.
+    written, which is not that of the adapter: that was trained on the base in 4 bits; None when it was trained on the
+    validation rows. Raises what `merging.merge` does.
     """
     merging = importlib.import_module("trainables.merging")  # brings torch, which nothing else here needs
     with _replacing(to) as unfinished:
-        loss: float = merging.merge(model, found.path, tokens, unfinished)
+        merged: float = merging.merge(model, found.path, tokens, unfinished)
+        loss = None if entry.unscored else merged
         shutil.copytree(tokens / data.TOKENIZER, unfinished, dirs_exist_ok=True)
-        card = model_card(ledger, entry, named, found.step, to.name, merged=loss)
+        card = model_card(ledger, entry, named, found.step, to.name, merged=True, loss=loss)
         (unfinished / "README.md").write_text(str(card))
         losses = {"step": found.step, "validation_loss": found.loss, "validation_loss_merged": loss}
         _write_facts(unfinished, named, entry, losses)
@@ -149,19 +159,18 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     to = Path(f"{sweep.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
     if to.exists() or to.is_symlink():
         raise NotKept(f"{to} is there already; move it away, or export in another directory")
-    tokenised = sorted(place.paths.tokens.glob(f"*/{data.SUMMARY}"), key=lambda file: file.stat().st_mtime)
-    if not tokenised:
+    tokens = tokenised(place)
+    if tokens is None:
         raise NotKept(f"{place.url}: its tokens are not on this machine; export it where it ran")
-    tokens = tokenised[-1].parent
     if merge and data.model_hash(model) != sweep.ledger.noted("inputs")["model"]:
         raise NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
     named = without_path(model) if public else model
+    losses = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
     if merge:
         loss = export_merged(sweep.ledger, to, model, named, tokens, entry, best)
-        losses = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
+        losses += "" if loss is None else f" with the base in 4 bits, {loss:.4f} merged in bf16"
     else:
         export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
-        losses = f"validation loss {best.loss:.4f}"
     return Home(to, entry.number, best.step, losses)
 
 
@@ -170,7 +179,7 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
     if number is not None and not any(entry.number == number for entry in entries):
         raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)} trials")
     complaints: list[str] = []
-    wanted = [entry for entry in entries if number in (None, entry.number) and entry.best]
+    wanted = [entry for entry in entries if number in (None, entry.number) and (entry.best or entry.unscored)]
     found = _lowest_intact(wanted, place, complaints.append)
     if found is None:
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]
@@ -180,8 +189,7 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
             f"{place.url}: {what} has an intact checkpoint of an evaluation{why}; of trials that have ended the best"
             f" `checkpoint.keep` have theirs, here {', '.join(map(str, kept)) or 'none'}"
         )
-    entry, _, best = found
-    return entry, best
+    return found
 
 
 def push(directory: Path, repo: str) -> str:
@@ -296,24 +304,37 @@ def _write_facts(directory: Path, model: str, entry: Entry, numbers: Mapping[str
 
 
 def model_card(
-    ledger: Ledger, entry: Entry, model: str, step: int, directory: str, merged: float | None = None
+    ledger: Ledger,
+    entry: Entry,
+    model: str,
+    step: int,
+    directory: str,
+    *,
+    merged: bool = False,
+    loss: float | None = None,
 ) -> ModelCard:
     """What it is, how it was found, and how to load it from the `directory`.
 
-    `merged` is the validation loss of the model when it is not an adapter.
+    `merged`: it is no adapter; `loss` is the validation loss of the whole model then, where there is one.
     """
-    library = "peft" if merged is None else "transformers"
+    library = "transformers" if merged else "peft"
     base_model = model if data.is_hub_id(model) else None  # the Hub refuses a path
     card = ModelCardData(library_name=library, base_model=base_model, tags=["qlora", "qlora-sweep", "lora"])
     entries = ledger.entries()
     config = entry.config
     settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
     versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
-    what = f"QLoRA adapter for {model}" if merged is None else f"{model}, fine-tuned with QLoRA"
-    rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
-    place = "The best" if rank == 1 else f"Number {rank}"
+    what = f"{model}, fine-tuned with QLoRA" if merged else f"QLoRA adapter for {model}"
+    if entry.unscored:
+        found = f"Trial {entry.number} as it was after its last optimiser step, {step}; {UNSCORED}."
+    else:
+        rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
+        found = (
+            f"{'The best' if rank == 1 else f'Number {rank}'} of {len(entries)} trials by validation loss (mean"
+            f" cross-entropy per supervised token), taken after optimiser\nstep {step} of trial {entry.number}."
+        )
     bf16 = config.compute_dtype == "bf16"
-    how = _LOAD_ADAPTER if merged is None else _LOAD_MERGED
+    how = _LOAD_MERGED if merged else _LOAD_ADAPTER
     return ModelCard(
         f"""---
 {card.to_yaml()}
@@ -321,13 +342,12 @@ def model_card(
 
 # {what}
 
-{place} of {len(entries)} trials by validation loss (mean cross-entropy per supervised token), taken after optimiser
-step {step} of trial {entry.number}.
+{found}
 
 ```
 {chr(10).join(conclusion(ledger))}
 ```
-{"" if merged is None else _MERGED.format(loss=merged)}
+{"" if loss is None else _MERGED.format(loss=loss)}
 {how.format(config=config, model=model, directory=directory, dtype=_TORCH[config.compute_dtype], bf16=bf16)}
 | hyperparameter | value |
 |---|---|

@@ -116,6 +116,9 @@ def _verdict(status: Status) -> Iterator[str]:
     winner = next(iter(ranked), None)
     if winner is None or winner.best is None:
         failed = sum(entry.state is TrialState.FAIL for entry in entries)
+        if any(entry.unscored for entry in entries):
+            yield from report.conclusion(status.ledger)
+            return
         yield "No trial has a validation loss yet." if entries else "No trial has been started yet."
         if failed:
             yield f"{failed} of {len(entries)} trials failed; the table below says why."
@@ -363,7 +366,7 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
             " counted again; memory of the process, with all trials that it held.",
         ]
         if drawings
-        else ["No trial that used its whole budget has a time or memory on record."]
+        else ["No trial that used its whole budget has a validation loss, and a time or memory on record."]
     )
     yield Section("What it cost", text, drawings)
 

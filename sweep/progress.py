@@ -128,6 +128,9 @@ class Progress:
             what = "base model" if done.evaluation == 0 else f"evaluation {done.evaluation}/{self.evaluations}"
             speed = f", {row.tokens_per_second:,.0f} tokens/s" if row.tokens_per_second else ""
             self._say(f"trial {entry.number:3d} step {done.step}, {what}: validation loss {done.loss:.4f}{speed}")
+        elif slice_.steps and not self.evaluations and time.monotonic() - self._summed_up > SUMMARY_SECONDS:
+            self._summed_up = time.monotonic()  # no evaluation would say that it lives
+            self._say(f"trial {entry.number:3d} step {row.step}: training loss {slice_.steps[-1].loss:.4f}")
 
     def ended(self, entry: Entry) -> None:
         self._entries[entry.number] = entry

@@ -13,6 +13,8 @@ from sweep.tracking import described
 SIDE_BY_SIDE = "side_by_side"
 """Note in the ledger: how many processes shared a machine in the newest run."""
 
+UNSCORED = "the validation rows were trained on, too, so there is no validation loss"
+"""Of a trial without one."""
 USUAL_DEFAULT = "r 16, alpha 32, learning rate 2e-4"
 """`usual_default` in words."""
 
@@ -92,7 +94,8 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     """Base, usual default and winner, a line each. A gain is claimed between whole runs alone."""
     ranked = ranking(entries)
     base, default = base_loss(entries), usual_default(entries)
-    lines = [f"base model            {base:.4f}"] if base is not None else []
+    lines = [f"trial {entry.number:03d}: {UNSCORED}" for entry in entries if entry.unscored]
+    lines += [f"base model            {base:.4f}"] if base is not None else []
     if default is not None and default.best is not None:
         lines.append(f"usual default         {default.best[1]:.4f}  (trial {default.number:03d}{cut_short(default)})")
     if ranked:

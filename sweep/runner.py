@@ -357,7 +357,8 @@ def _train(
     def assign(entry: Entry) -> Assignment:
         entries = ledger.entries()
         running = [other.number for other in entries if other.state is TrialState.RUNNING]
-        score_base = report.base_loss([*known, *entries]) is None and entry.number == min(running)
+        unknown = spec.budget.evaluations > 0 and report.base_loss([*known, *entries]) is None
+        score_base = unknown and entry.number == min(running)
         halvings = starting_halvings(entry, [*known, *entries])
         if halvings > entry.halvings:
             ledger.halve(entry.number, halvings)
@@ -452,14 +453,14 @@ def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
     entries = ledger.entries()
     ended = [entry for entry in entries if entry.state is not TrialState.RUNNING]
     emptied -= {entry.number for entry in entries} - {entry.number for entry in ended}  # they were revived
-    contenders = {entry.number for entry in ranking(ended)[:keep]}
-    for number in [entry.number for entry in ended if entry.number not in emptied]:
-        directory = place.paths.trial(number)
-        if number in contenders:
+    contenders = {entry.number for entry in [*ranking(ended)[:keep], *(each for each in ended if each.unscored)]}
+    for entry in [entry for entry in ended if entry.number not in emptied]:
+        directory = place.paths.trial(entry.number)
+        if entry.number in contenders:
             place.pull_checkpoints(directory, manifests_alone=True)
         else:
-            emptied.add(number)
-        kept = checkpoint.best(directory) if number in contenders else None
+            emptied.add(entry.number)
+        kept = export.to_take_home(place, entry) if entry.number in contenders else None
         checkpoint.prune(directory, {kept.path} if kept else set())
         place.prune(directory)
 
@@ -803,6 +804,9 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
         data.with_answers(tokens.test or tokens.validation)
     for note in prepared.notes:
         listener.note(note)
+    if not budget.evaluations:
+        rows = prepared.rows["train"] + prepared.rows["validation"]
+        listener.note(f"All {rows:,} rows of training and validation are trained on: there will be no validation loss")
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
 
 
@@ -859,7 +863,7 @@ def _end_runs(
             "best_eval_loss": loss,
             "best_step": steps.get(number) if number is not None else None,
             "first_rung_eval_loss": entry.losses.get(first_rung),
-            "budget_share": max(entry.reported, 0) / evaluations,
+            "budget_share": 1.0 if entry.unscored else max(entry.reported, 0) / max(evaluations, 1),
             "stop_reason": entry.reason,
         }
         name = tracking.run_name(entry.number, entry.config, searched)

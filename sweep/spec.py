@@ -97,8 +97,9 @@ class Budget(Section):
     """Passes over the training rows; this or `steps`."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps, at least one for each evaluation; this or `epochs`."""
-    evaluations: Annotated[int, Field(ge=1)] = 5
-    """Equal parts that the budget is cut into; the validation loss is taken at the end of each."""
+    evaluations: Annotated[int, Field(ge=0)] = 5
+    """Equal parts that the budget is cut into; the validation loss is taken at the end of each. With 0, as `rerun
+    --all-data` sets it for a single trial, there is none, and the validation rows are trained on, too."""
     hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of wall clock of one run of the command, after which it ends and can be resumed; no limit unless given."""
 
@@ -363,8 +364,16 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("budget", "steps"), f"received {steps}, should be at least one for each of the {evaluations} evaluations"
     if given("early_stopping.grace", "budget.evaluations"):
         grace, evaluations = found["early_stopping.grace"], found["budget.evaluations"]
-        if grace > evaluations:
+        if grace > evaluations > 0:
             yield ("early_stopping", "grace"), f"received {grace}, should be at most the {evaluations} evaluations"
+    if found.get("budget.evaluations") == 0:
+        chooses = found.get("search.trials", 1) > 1 or found.get("early_stopping") or found.get("verify")
+        if chooses or (given("metric") and "data.test" in found and not given("data.test")):
+            yield (
+                ("budget", "evaluations"),
+                "received 0, which leaves no validation loss to go by; set search.trials: 1 and early_stopping: false,"
+                " and leave verify out, and metric where there is no data.test",
+            )
     if found.get("trainable") == "qlora_sft":
         for key in ("model", "data"):
             if key in found and found[key] is None:

@@ -190,7 +190,7 @@ class SlicedTrial(tune.Trainable):
         if slice_.evaluation is not None:
             self._reported = slice_.evaluation.evaluation
         evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
-        if slice_.failure is None and (evaluated or due):
+        if slice_.failure is None and (evaluated or due or slice_.done):
             self._save()
         return slice_
 
@@ -353,9 +353,10 @@ def summary(trial: Trial | None, first_rung: int, evaluations: int) -> dict[str,
     if trial is None:
         return {}
     lowest = best(trial.evaluations)
+    evaluated = max((e.evaluation for e in trial.evaluations), default=0)
     return {
         "best_eval_loss": lowest.loss if lowest else None,
         "best_step": lowest.step if lowest else None,
         "first_rung_eval_loss": next((e.loss for e in trial.evaluations if e.evaluation == first_rung), None),
-        "budget_share": max((e.evaluation for e in trial.evaluations), default=0) / evaluations,
+        "budget_share": evaluated / evaluations if evaluations else trial.step / trial.total_steps,
     }

@@ -127,6 +127,13 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("no epochs nor steps", "steps: 40, ", "", 3, ["budget: received neither of epochs and steps"]),
     ("epochs and steps", "steps: 40", "steps: 40, epochs: 1", 3, ["budget: received both of epochs and steps"]),
     ("fewer steps than evaluations", "steps: 40", "steps: 4", 3, ["budget.steps: received 4", "5 evaluations"]),
+    (
+        "nothing to choose by",
+        "evaluations: 5",
+        "evaluations: 0",
+        3,
+        ["no validation loss to go by; set search.trials: 1"],
+    ),
     ("zero epochs", "steps: 40", "epochs: 0", 3, ["budget.epochs: received 0", "greater than 0"]),
     ("long grace", "grace: 1", "grace: 6", 8, ["early_stopping.grace: received 6", "at most the 5 evaluations"]),
     ("reduction of 1", "reduction: 3", "reduction: 1", 8, ["early_stopping.reduction: received 1", "greater than 1"]),

@@ -116,6 +116,15 @@ def best(trial_dir: Path) -> Checkpoint | None:
     return min(scored, key=lambda row: row[:2], default=(None, None, None))[2]
 
 
+def last(trial_dir: Path) -> Checkpoint | None:
+    """The checkpoint with the most steps, or None when there is none, or its manifest is torn. Reads that alone."""
+    path = max(_all(trial_dir), default=None)
+    try:
+        return None if path is None else _manifest(path, (FORMAT,))[0]
+    except ValueError:
+        return None
+
+
 def read(path: Path) -> Checkpoint:
     """Verify every checksum of the checkpoint at `path`; ValueError names the first thing that does not fit."""
     found, files = _manifest(path, (FORMAT,))

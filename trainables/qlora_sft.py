@@ -83,7 +83,8 @@ class QLoRATrial:
         self.config = config
         self.model = job.model
         tokens = data.load(Path(job.tokens))
-        self.train, self.validation, self.pad = tokens.train, tokens.validation, tokens.pad_token_id
+        self.train, self.validation = tokens.trained_on(job.budget.evaluations), tokens.validation
+        self.pad = tokens.pad_token_id
         self.total_steps = job.budget.total_steps(len(self.train), config.batch_size)
         self.due = dict(enumerate(job.budget.evaluation_steps(self.total_steps), start=1))
         if job.score_base:

@@ -87,7 +87,7 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
         name=spec.name,
         standing=_standing(status),
         verdict=list(_verdict(status)),
-        sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(entries)],
+        sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(status)],
         table=_table(status),
         fixed={name: _value(one) for name, one in spec.space.plain().items() if name not in spec.space.searched},
         versions=status.ledger.noted("environment") or {},
@@ -347,8 +347,8 @@ def _search(entries: Sequence[Entry]) -> Iterator[Section]:
         )
 
 
-def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
-    complete = findings.complete(entries)
+def _cost(status: Status) -> Iterator[Section]:
+    complete = findings.complete(status.entries)
     costs: dict[str, Callable[[Entry], float]] = {
         "minutes of training": lambda entry: entry.cost.seconds / 60,
         "peak memory, GB": lambda entry: entry.cost.peak_memory / 1e9,
@@ -357,7 +357,7 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
     for name, cost in costs.items():
         values = {entry.number: (cost(entry), findings.best_loss(entry)) for entry in complete if cost(entry) > 0}
         if values:
-            figure = figures.loss_by_cost(findings.derived(entries, values, {}), name)
+            figure = figures.loss_by_cost(findings.derived(status.entries, values, {}), name)
             drawings.append(Drawing(figure, wide=False))
     text = (
         [
@@ -368,7 +368,7 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
         if drawings
         else ["No trial that used its whole budget has a validation loss, and a time or memory on record."]
     )
-    yield Section("What it cost", text, drawings)
+    yield Section("What it cost", [*report.bill(status.ledger, status.spec.cost.per_hour), *text], drawings)
 
 
 def _table(status: Status) -> dict[str, Any]:
@@ -376,8 +376,9 @@ def _table(status: Status) -> dict[str, Any]:
     entries, searched = status.entries, status.spec.space.searched
     evaluation = findings.common_evaluation(entries) or 1
     ranked = ranking(entries)
+    prices = report.prices(status.ledger, status.spec.cost.per_hour)
     headings = ["", "trial", *searched, "best loss", "at evaluation", f"at {evaluation}"]
-    headings += ["minutes", "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
+    headings += ["minutes", *(["cost"] if prices else []), "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
     rows = []
     for place, entry in enumerate([*ranked, *(entry for entry in entries if entry.best is None)], start=1):
         number, loss = entry.best or (None, None)
@@ -391,6 +392,7 @@ def _table(status: Status) -> dict[str, Any]:
                 "-" if number is None else str(number),
                 "-" if common is None else f"{common:.4f}",
                 f"{entry.cost.seconds / 60:.1f}",
+                *([report.money(prices[entry.number])] if prices else []),
                 f"{entry.cost.steps:,}",
                 f"{entry.cost.tokens:,}",
                 f"{entry.cost.peak_memory / 1e9:.2f}" if entry.cost.peak_memory else "-",

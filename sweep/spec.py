@@ -196,7 +196,8 @@ class Cost(Section):
     """What is paid for the machine."""
 
     per_hour: Annotated[float, Field(gt=0)] | None = None
-    """Price of a machine for an hour, in any currency: `plan --probe` and the ranking then say what trials cost."""
+    """Price of a machine for an hour, in any currency: `plan --probe`, the ranking, `status` and report.html then say
+    what trials cost."""
 
 
 class SweepSpec(Section):

@@ -199,7 +199,10 @@ def show(console: Console, status: Status) -> None:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
     machines = machine(status.memory, status.gpu_load)
     advice = verification.advice(verification.result(status.ledger), status.place)
-    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines]:
+    bill = report.bill(status.ledger, spec.cost.per_hour)
+    for line in [
+        *report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill
+    ]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""
@@ -210,7 +213,7 @@ def show(console: Console, status: Status) -> None:
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """The same as plain values; seconds, bytes, and losses by evaluation."""
+    """The same as plain values; seconds, bytes, losses by evaluation, and `cost` in the currency of `cost.per_hour`."""
     best = next(iter(ranking(status.entries)), None)
     default, ahead = report.usual_default(status.entries), status.forecast
     return {
@@ -227,6 +230,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "seconds_left": ahead.seconds,
         "peak_memory": status.memory,
         "gpu_load": status.gpu_load,
+        "cost": report.spent(status.ledger, status.spec.cost.per_hour),
         "waiting": [str(request) for request in status.waiting],
         "verification": (verified := verification.result(status.ledger)) and asdict(verified),
         "scores": (scored := scoring.scores(status.ledger)) and asdict(scored),
@@ -238,13 +242,13 @@ def records(status: Status) -> list[dict[str, Any]]:
     """The trials as plain values, for JSON or a data frame: a dictionary each.
 
     `config` and `losses` (by evaluation) are dictionaries themselves; losses in nats, `seconds` of steps and
-    evaluations, `peak_memory` in bytes.
+    evaluations, `peak_memory` in bytes, `cost` in the currency of `cost.per_hour`, None without that.
     """
-    left = status.forecast.of_trial
-    return [_record(entry, left.get(entry.number)) for entry in status.entries]
+    left, prices = status.forecast.of_trial, report.prices(status.ledger, status.spec.cost.per_hour)
+    return [_record(entry, left.get(entry.number), prices.get(entry.number)) for entry in status.entries]
 
 
-def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
+def _record(entry: Entry, seconds_left: float | None, cost: float | None) -> dict[str, Any]:
     evaluation, loss = entry.best or (None, None)
     return {
         "trial": entry.number,
@@ -256,6 +260,7 @@ def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
         "best_loss": loss,
         "halvings": entry.halvings,
         "seconds_left": seconds_left,
+        "cost": cost,
         **asdict(entry.cost),
     }
 

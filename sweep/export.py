@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
@@ -209,24 +211,37 @@ def push(directory: Path, repo: str) -> str:
     return f"{url}, which is {seen}"
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What of a sweep is uploaded, and where to."""
+
+    repo: str
+    """Of the Hub."""
+    ledger: Ledger
+    place: Place
+    model: str
+    tokenizer: Path
+    """Directory of its files."""
+    note: Callable[[str], object]
+    """Is told where it is, and when it is not."""
+
+    @property
+    def by_hand(self) -> str:
+        """What to do when it could not be done."""
+        verb = self.place.command("export", "--push-to", self.repo)
+        return f"once the sweep has ended, upload it with: {verb}"
+
+
 @contextmanager
-def pushing_best(
-    repo: str,
-    ledger: Ledger,
-    place: Place,
-    model: str,
-    tokenizer: Path,
-    note: Callable[[str], object],
-    hurried: Callable[[], bool],
-) -> Iterator[None]:
+def pushing_best(upload: Upload, hurried: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """While the block runs, upload the adapter of the lowest validation loss whenever there is a lower one.
 
     Nothing waits for it, but the end, unless that is `hurried`. Of those that come while one is uploaded, the last is
-    next. `note` is told where it is, and when it is not.
+    next. An empty block uploads the one that there is, with a card of this moment; the Hub's client leaves out files
+    that are there already.
     """
     ended = threading.Event()
-    arguments = (repo, ledger, place, model, tokenizer, note, ended)
-    thread = threading.Thread(target=_push_best, args=arguments, name="push", daemon=True)
+    thread = threading.Thread(target=_push_best, args=(upload, ended), name="push", daemon=True)
     thread.start()
     try:
         yield
@@ -235,20 +250,13 @@ def pushing_best(
         if not hurried():
             thread.join(LAST_SECONDS)
             if thread.is_alive():
-                note(f"checkpoint.push_to: not done after {LAST_SECONDS:g} s; {_by_hand(place, repo)}")
+                upload.note(f"checkpoint.push_to: not done after {LAST_SECONDS:g} s; {upload.by_hand}")
 
 
-def _push_best(
-    repo: str,
-    ledger: Ledger,
-    place: Place,
-    model: str,
-    tokenizer: Path,
-    note: Callable[[str], object],
-    ended: threading.Event,
-) -> None:
+def _push_best(upload: Upload, ended: threading.Event) -> None:
     """The thread of `pushing_best`: looks until it has `ended`, and then once more."""
     disable_progress_bars()  # they would be drawn into the live table
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns when no file has changed
     pushed: object = None
     rests_until = 0.0  # time.monotonic(), after a failure
     is_last = False
@@ -257,25 +265,36 @@ def _push_best(
         if time.monotonic() < rests_until and not is_last:
             continue
         try:
-            entries = ledger.entries()
-            lowest = [(entry.number, entry.best) for entry in ranking(entries)[:1]]
-            if lowest and lowest != pushed:
-                entry, best = chosen(place, entries, None)
-                with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
-                    adapter = Path(scratch) / repo.rpartition("/")[2]
-                    export(ledger, adapter, without_path(model), tokenizer, entry, best)
-                    note(f"The best adapter so far is at {push(adapter, repo)}")
+            entries = upload.ledger.entries()
+            best = next(iter([*ranking(entries), *(entry for entry in entries if entry.unscored)]), None)
+            if best is not None and (lowest := (best.number, best.best)) != pushed:
+                _push(upload, entries, best)
                 pushed, rests_until = lowest, 0.0
         except Exception as error:  # noqa: BLE001 - it is told; no sweep ends for an upload
             gave_way = isinstance(error, NotKept | FileNotFoundError)  # the checkpoint, to a better one
             if is_last or not (gave_way or rests_until):
-                note(f"checkpoint.push_to: {repo} lacks the best adapter ({error}); {_by_hand(place, repo)}")
+                upload.note(f"checkpoint.push_to: {upload.repo} lacks the best adapter ({error}); {upload.by_hand}")
             if not gave_way:
                 rests_until = time.monotonic() + AGAIN_SECONDS
 
 
-def _by_hand(place: Place, repo: str) -> str:
-    return f"once the sweep has ended, upload it with: {place.command('export', '--push-to', repo)}"
+def _push(upload: Upload, entries: Sequence[Entry], best: Entry) -> None:
+    """Upload the adapter of the `best` trial, or of one that is better by now; none that is worse in its place."""
+    lowest = best.best[1] if best.best else math.inf
+    entry, found = chosen(upload.place, entries, None)
+    if (found.loss or lowest) > lowest:  # once more: it may just have given way to a better one
+        entry, found = chosen(upload.place, entries, None)
+    if found.loss is not None and found.loss > lowest:
+        upload.note(
+            f"checkpoint.push_to: {upload.repo} is left as it is: the checkpoint of trial {best.number:03d}, which has"
+            f" the lowest loss ({lowest:.4f}), is damaged or gone. There is an intact one of trial {entry.number:03d}"
+            f" ({found.loss:.4f}); {upload.by_hand}"
+        )
+        return
+    with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
+        adapter = Path(scratch) / upload.repo.rpartition("/")[2]
+        export(upload.ledger, adapter, without_path(upload.model), upload.tokenizer, entry, found)
+        upload.note(f"The best adapter so far is at {push(adapter, upload.repo)}")
 
 
 def without_path(model: str) -> str:

@@ -225,8 +225,11 @@ def run(
                 _verify(spec, spec.verify, ledger, place, tracked, listener, train)
             if winner is not None and not drain():
                 scored = _score(spec, ledger, place, winner, job, metric, requests.drained, listener)
-                if (scored or spec.verify is not None) and not drain():
-                    winner = export_best()  # once more: the model card tells of it
+                if not drain():
+                    if scored or spec.verify is not None:
+                        winner = export_best()  # once more: the model card tells of it
+                    with _pushing(spec, job, ledger, place, listener, drain):  # that one, too
+                        pass
     seconds = time.monotonic() - began
     kept_offline = tracking.kept_offline(tracked.directory)
     if tracked.mode == "online" and kept_offline:
@@ -475,7 +478,8 @@ def _pushing(
         return drain.cause in ("signal", "breakdown")
 
     tokenizer = Path(job.tokens) / data.TOKENIZER
-    return export.pushing_best(spec.checkpoint.push_to, ledger, place, spec.model, tokenizer, listener.note, hurried)
+    upload = export.Upload(spec.checkpoint.push_to, ledger, place, spec.model, tokenizer, listener.note)
+    return export.pushing_best(upload, hurried)
 
 
 def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, place: Place, listener: Listener) -> None:

@@ -349,14 +349,20 @@ def test_a_merged_model_is_taken_home(undisturbed, hub, tmp_path):
     assert total / labels == pytest.approx(facts["validation_loss_merged"], abs=0.02)  # computed in bf16
 
 
-def test_trained_on_all_rows(undisturbed, tmp_path):
-    """For as many passes as the best checkpoint had made, without a validation loss, and taken home as it ended."""
+def test_trained_on_all_rows(undisturbed, hub, tmp_path):
+    """For as many passes as the best checkpoint had made, without a validation loss, and taken home as it ended.
+
+    The Hub has it, and in the end the card that tells of the test rows.
+    """
     space, _, entries = undisturbed
     winner = ranking(entries)[0]
     directory = space.parent / "sweeps/tiny"
     asked = [sys.executable, "-m", "sweep", "rerun", str(directory), "--trial", str(winner.number), "--all-data"]
-    done = subprocess.run(asked, cwd=tmp_path, env=sweeps.environment(), capture_output=True, text=True, timeout=280)
+    asked += ["--set", "checkpoint.push_to=somebody/all"]
+    away = sweeps.environment(**on_hub(hub.url))
+    done = subprocess.run(asked, cwd=tmp_path, env=away, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     name = f"tiny-all-{winner.number:03d}"
     told = "the validation rows were trained on, too, so there is no validation loss"
     assert "All 88 rows of training and validation are trained on" in done.stdout
@@ -378,6 +384,12 @@ def test_trained_on_all_rows(undisturbed, tmp_path):
     card = (sweep / "best/README.md").read_text()
     assert f"as it was after its last optimiser step, {steps}; {told}." in card
     assert f"loss                   {found.loss:.4f}  (base" in card
+    first, later = hub.repositories["somebody/all"].commits
+    assert first["adapter_model.safetensors"] == adapter
+    assert later.keys() == {"README.md"}
+    for card, scored in ((first["README.md"], False), (later["README.md"], True)):
+        assert told.encode() in card
+        assert (f"loss                   {found.loss:.4f}".encode() in card) == scored
     [fragment] = (sweep / "wandb").glob("*run-*/run-*.wandb")
     assert [row["train/global_step"] for row in history(fragment)] == list(range(1, steps + 1))
     assert final(records(fragment))["budget_share"] == 1.0

@@ -129,16 +129,14 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
     from sweep import report, runner, verification
-    from sweep.progress import Progress, terminal
+    from sweep.progress import terminal
     from trainables.data import DataError
 
     console = terminal()
     words = [re.sub(r"[\w+]+://.+", lambda url: runner.without_password(url[0]), word) for word in sys.argv[1:]]
     again = shlex.join(["python", "-m", "sweep", *words])
     try:
-        budget, rule = spec.budget, spec.early_stopping or None
-        with Progress(console, spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
-            outcome = runner.run(spec, address=address, listener=progress, again=again, leave_ray=True)
+        outcome = runner.run(spec, address=address, again=again, leave_ray=True)
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
     except OSError as error:

@@ -119,7 +119,7 @@ def export(
     """
     with _replacing(to) as unfinished:
         if tokenizer is not None:
-            shutil.copy2(found.path / "adapter_model.safetensors", unfinished)
+            shutil.copy2(found.path / checkpoint.ADAPTER, unfinished)
             adapter = json.loads((found.path / "adapter_config.json").read_text())
             adapter["base_model_name_or_path"] = model
             (unfinished / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")

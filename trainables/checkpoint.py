@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from trainables.protocol import Evaluation
 
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+"""The adapter's weights, by PEFT's name for them."""
 FORMAT = 2
 """Of the training state; adapters of format 1 are the same."""
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from trainables import data, model
-from trainables.checkpoint import Checkpoint, disk_errors
+from trainables.checkpoint import ADAPTER, Checkpoint, disk_errors
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work, labels_of
@@ -42,7 +42,7 @@ LEARNT_AT_ONCE = {"cpu": 1024, "cuda": 16384}
 """Tokens, padding included, of the micro-batches of many trials that are learnt from together: more keep either device
 no busier and take memory."""
 
-ADAPTER, STATE, FACTS = "adapter_model.safetensors", "training_state.safetensors", "state.json"
+STATE, FACTS = "training_state.safetensors", "state.json"
 
 
 def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial:

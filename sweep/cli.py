@@ -146,7 +146,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
         if (verified := verification.result(outcome.ledger)) and verified.left:
-            done += f", {verified.left} runs of the verification are left"
+            done += f", {report.counted(verified.left, 'run')} of the verification left"
         farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
         console.print(farewell, highlight=False, soft_wrap=True)
         if console.quiet:
@@ -160,9 +160,10 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         console.print(f"The best {what} is in {outcome.place.url}/best", highlight=False, soft_wrap=True)
     if outcome.kept_offline:
         root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
-        upload = shlex.join(["python", "-m", "sweep", "sync", root])
+        upload, one = shlex.join(["python", "-m", "sweep", "sync", root]), outcome.kept_offline == 1
         console.print(
-            f"{outcome.kept_offline} W&B runs are kept offline; upload them with: {upload}",
+            f"{report.counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
+            f" upload {'it' if one else 'them'} with: {upload}",
             highlight=False,
             soft_wrap=True,
         )

@@ -18,7 +18,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
-from sweep.report import UNSCORED, conclusion
+from sweep.report import UNSCORED, conclusion, counted
 from sweep.status import Status, tokenised
 from sweep.study import Entry, Ledger, ranking
 from trainables import checkpoint, data
@@ -179,7 +179,7 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
     """A trial, or that of the lowest validation loss, and its best checkpoint. Raises `NotKept`."""
     if number is not None and not any(entry.number == number for entry in entries):
-        raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)} trials")
+        raise NotKept(f"there is no trial {number}; {place.url} has {counted(len(entries), 'trial')}")
     complaints: list[str] = []
     wanted = [entry for entry in entries if number in (None, entry.number) and (entry.best or entry.unscored)]
     found = _lowest_intact(wanted, place, complaints.append)
@@ -348,9 +348,10 @@ def model_card(
         found = f"Trial {entry.number} as it was after its last optimiser step, {step}; {UNSCORED}."
     else:
         rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
+        place = "The best" if rank == 1 else f"Number {rank}"
         found = (
-            f"{'The best' if rank == 1 else f'Number {rank}'} of {len(entries)} trials by validation loss (mean"
-            f" cross-entropy per supervised token), taken after optimiser\nstep {step} of trial {entry.number}."
+            f"{place} of {counted(len(entries), 'trial')} by validation loss (mean cross-entropy per supervised token),"
+            f" taken after optimiser\nstep {step} of trial {entry.number}."
         )
     bf16 = config.compute_dtype == "bf16"
     how = _LOAD_MERGED if merged else _LOAD_ADAPTER

@@ -55,6 +55,11 @@ def _side_by_side(ledger: Ledger) -> int:
     return ledger.noted(SIDE_BY_SIDE) or 1
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as `1 trial`, `12 trials`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def money(amount: float) -> str:
     """Two digits, or all before the point and two behind it."""
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
@@ -93,7 +98,8 @@ def show(
             console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
     for line in [*conclusion(ledger), *scoring.trouble(ledger), *bill(ledger, per_hour)]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
+    took = f"this run took {seconds / 60:.1f} minutes"  # the trials may be of earlier ones
+    console.print(f"{counted(len(entries), 'trial')}; {took}", highlight=False)
 
 
 def conclusion(ledger: Ledger) -> list[str]:
@@ -148,7 +154,7 @@ def standing(entries: Sequence[Entry], trials: int) -> str:
     if ranked:
         assert ranked[0].best is not None
         best = f", the best loss so far is {ranked[0].best[1]:.4f} (trial {ranked[0].number:03d})"
-    return f"{done} of {trials} trials are done{best}"
+    return f"{done} of {counted(trials, 'trial')} {'is' if trials == 1 else 'are'} done{best}"
 
 
 def any_finished(entries: Sequence[Entry]) -> bool:

@@ -305,6 +305,11 @@ def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
     before, after = (dict(_flat(spec)) for spec in (recorded, asked))
     pairs = [(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]) if key != "space"]
     old, new = recorded.space.plain(), asked.space.plain()
+    # A section that one of them does not have, as with `early_stopping: false`, is one difference.
+    lacking = [key for key, was, now in pairs if (was is True) != (now is True)]
+    pairs = [pair for pair in pairs if pair[0].partition(".")[0] not in lacking]
+    whole, other = (spec.model_dump(mode="json", by_alias=True) for spec in (recorded, asked))
+    pairs += [(key, whole[key], other[key]) for key in lacking]
     pairs += [(f"space.{name}", old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
     return [
         f"{key}: recorded {shown(was)}, asked {shown(now)}"

@@ -83,6 +83,11 @@ def test_an_error_that_is_kept_keeps_no_tensors(monkeypatch):
     assert caught.value.__cause__ is caught.value.__context__ is None
 
 
+def test_one_trial_is_no_trials():
+    assert (report.counted(1, "trial"), report.counted(0, "trial")) == ("1 trial", "0 trials")
+    assert report.standing([], 1) == "0 of 1 trial is done"
+
+
 @pytest.mark.parametrize(("amount", "shown"), [(0.004216, "0.0042"), (0.5, "0.5"), (1234.567, "1,234.57")])
 def test_money(amount, shown):
     assert report.money(amount) == shown

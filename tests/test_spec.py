@@ -465,9 +465,10 @@ def test_changes_names_what_may_not_differ(tmp_path: Path) -> None:
         'space.r: recorded {"values": [4, 8, 16]}, asked {"values": [4, 8]}',
         "space.dropout: recorded nothing, asked 0.1",
     ]
-    assert specs.changes(recorded, load(path, ("early_stopping=false",)))[0] == (
-        "early_stopping: recorded true, asked false"
-    )
+    assert specs.changes(recorded, load(path, ("early_stopping=false", "search.seed=3"))) == [
+        "search.seed: recorded 0, asked 3",
+        'early_stopping: recorded {"grace": 1, "reduction": 3.0}, asked false',
+    ]
 
 
 def test_rows_that_moved_are_no_change_but_another_source_is(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ class Upload:
 
 
 @contextmanager
-def pushing_best(upload: Upload, hurried: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def pushing_best(upload: Upload, hurried: Callable[[], bool]) -> Iterator[None]:
     """While the block runs, upload the adapter of the lowest validation loss whenever there is a lower one.
 
     Nothing waits for it, but the end, unless that is `hurried`. Of those that come while one is uploaded, the last is

@@ -812,7 +812,10 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
         listener.note(note)
     if not budget.evaluations:
         rows = prepared.rows["train"] + prepared.rows["validation"]
-        listener.note(f"All {rows:,} rows of training and validation are trained on: there will be no validation loss")
+        long = f"{budget.steps:,} steps" if budget.steps else f"{budget.epochs:.3g} epochs"
+        listener.note(
+            f"All {rows:,} rows of training and validation are trained on, for {long}: no validation loss follows"
+        )
     return Job(model=spec.model, tokens=str(prepared.path), budget=budget)
 
 

@@ -200,9 +200,7 @@ def show(console: Console, status: Status) -> None:
     machines = machine(status.memory, status.gpu_load)
     advice = verification.advice(verification.result(status.ledger), status.place)
     bill = report.bill(status.ledger, spec.cost.per_hour)
-    for line in [
-        *report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill
-    ]:
+    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""

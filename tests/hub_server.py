@@ -68,7 +68,7 @@ class _Handler(JsonHandler):
             return self.answer(200, url)
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
-        named = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(?:/(preupload|commit)/main)?", self.path)
+        named = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(?:/(preupload|commit|revision)/main)?", self.path)
         if named is None or named[1] not in hub.repositories:
             return self.answer(404, {"error": "Repository not found"})
         repository = hub.repositories[named[1]]

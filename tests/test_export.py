@@ -113,6 +113,7 @@ def test_what_is_found_out_later_is_uploaded_once(hub, sweep):
     for _ in range(2):
         with sweep.pushing():
             pass
+    assert set(sweep.notes) == {f"The best adapter so far is at {hub.url}/{REPO}, which is private"}
     first, later = hub.repositories[REPO].commits
     assert later.keys() == {"README.md"}
     told = b"loss                  1.2345  (base 4.8000)"

@@ -134,4 +134,4 @@ def test_what_trials_cost(space, tmp_path):
     assert "cost so far           7.00" in screen.getvalue()
     screen = io.StringIO()
     show(Console(file=screen, width=120), free)
-    assert "cost" not in screen.getvalue()
+    assert "cost so far" not in screen.getvalue()

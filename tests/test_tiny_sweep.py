@@ -358,19 +358,20 @@ def test_trained_on_all_rows(undisturbed, hub, tmp_path):
     winner = ranking(entries)[0]
     directory = space.parent / "sweeps/tiny"
     asked = [sys.executable, "-m", "sweep", "rerun", str(directory), "--trial", str(winner.number), "--all-data"]
-    asked += ["--set", "checkpoint.push_to=somebody/all"]
+    asked += ["--set", "checkpoint.push_to=somebody/all", "--set", "metric=search_spaces.pricing:errors"]
     away = sweeps.environment(**on_hub(hub.url))
     done = subprocess.run(asked, cwd=tmp_path, env=away, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    name = f"tiny-all-{winner.number:03d}"
+    name, steps = f"tiny-all-{winner.number:03d}", round(winner.best[0] * 6 * 88 / 64)
     told = "the validation rows were trained on, too, so there is no validation loss"
-    assert "All 88 rows of training and validation are trained on" in done.stdout
+    assert (
+        f"All 88 rows of training and validation are trained on, for {steps} steps: no validation loss" in done.stdout
+    )
     assert f"\ntrial 000: {told}\n" in done.stdout
     assert "evaluation 1" not in done.stdout
 
     [entry] = sweeps.entries(space, name)
-    steps = round(winner.best[0] * 6 * 88 / 64)
     assert (entry.state, dict(entry.losses), entry.cost.steps) == (TrialState.COMPLETE, {}, steps)
     assert entry.config == winner.config
     sweep = directory.with_name(name)

@@ -88,7 +88,7 @@ def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Ch
             replaced.rename(target)
     found = None
     damaged = []
-    for path in sorted(_all(trial_dir), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+    for path in sorted(_all(trial_dir), key=_steps, reverse=True):
         try:
             found = read(path)
             break
@@ -120,7 +120,7 @@ def best(trial_dir: Path) -> Checkpoint | None:
 
 def last(trial_dir: Path) -> Checkpoint | None:
     """The checkpoint with the most steps, or None when there is none, or its manifest is torn. Reads that alone."""
-    path = max(_all(trial_dir), default=None)
+    path = max(_all(trial_dir), key=_steps, default=None)
     try:
         return None if path is None else _manifest(path, (FORMAT,))[0]
     except ValueError:
@@ -209,6 +209,10 @@ def _hidden(checkpoint: Path, age: str) -> Path:
 
 def _all(trial_dir: Path) -> list[Path]:
     return [path for path in trial_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -81,6 +81,10 @@ def rerun(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. budget.epochs=3. Repeatable."),
     ] = None,
+    all_data: Annotated[
+        bool,
+        typer.Option("--all-data", help="Train on the validation rows, too: NAME-all-NNN, without a validation loss."),
+    ] = False,
     address: Annotated[
         str, typer.Option(help="Ray cluster to join; `local` starts one on this machine alone.")
     ] = "local",
@@ -91,6 +95,8 @@ def rerun(
     Example: python -m sweep rerun sweeps/pricer --trial 7 --set budget.epochs=3
 
     Model, data, budget and seed are as recorded unless set otherwise. The same command goes on with it.
+    With --all-data the budget is, unless set, as many passes over all rows as the best checkpoint of the
+    trial had made over the training rows, and the last checkpoint is what is exported.
 
     Exit codes: 0 done, 1 the trial did not finish, 2 wrong input and nothing was started, 75 preempted: run it again.
     """
@@ -99,7 +105,7 @@ def rerun(
     from sweep.status import NoSweep, look, rerun_spec
 
     try:
-        spec = rerun_spec(look(sweep, ledger), trial, set_ or [], ledger)
+        spec = rerun_spec(look(sweep, ledger), trial, set_ or [], ledger, all_data=all_data)
     except (NoSweep, SpecError) as error:
         raise typer.Exit(_wrong_input(error)) from error
     _run(spec, address)
@@ -123,16 +129,14 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
     from sweep import report, runner, verification
-    from sweep.progress import Progress, terminal
+    from sweep.progress import terminal
     from trainables.data import DataError
 
     console = terminal()
     words = [re.sub(r"[\w+]+://.+", lambda url: runner.without_password(url[0]), word) for word in sys.argv[1:]]
     again = shlex.join(["python", "-m", "sweep", *words])
     try:
-        budget, rule = spec.budget, spec.early_stopping or None
-        with Progress(console, spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
-            outcome = runner.run(spec, address=address, listener=progress, again=again, leave_ray=True)
+        outcome = runner.run(spec, address=address, again=again, leave_ray=True)
     except (runner.Refused, DataError) as error:
         return _wrong_input(error)
     except OSError as error:
@@ -142,7 +146,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
         if (verified := verification.result(outcome.ledger)) and verified.left:
-            done += f", {verified.left} runs of the verification are left"
+            done += f", {report.counted(verified.left, 'run')} of the verification left"
         farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
         console.print(farewell, highlight=False, soft_wrap=True)
         if console.quiet:
@@ -156,9 +160,10 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         console.print(f"The best {what} is in {outcome.place.url}/best", highlight=False, soft_wrap=True)
     if outcome.kept_offline:
         root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
-        upload = shlex.join(["python", "-m", "sweep", "sync", root])
+        upload, one = shlex.join(["python", "-m", "sweep", "sync", root]), outcome.kept_offline == 1
         console.print(
-            f"{outcome.kept_offline} W&B runs are kept offline; upload them with: {upload}",
+            f"{report.counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
+            f" upload {'it' if one else 'them'} with: {upload}",
             highlight=False,
             soft_wrap=True,
         )

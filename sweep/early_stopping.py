@@ -21,11 +21,11 @@ def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list
     """Trials that are expected to reach evaluation 1, 2, …: at a rung of ASHA the best 1/reduction go on.
 
     That is what a rung lets through when all its trials have come to it. Early ones have fewer to be compared with, so
-    a few more go on.
+    a few more go on. A budget without evaluations is a single part.
     """
     stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
     expected, left = [], float(trials)
-    for evaluation in range(1, evaluations + 1):
+    for evaluation in range(1, max(evaluations, 1) + 1):
         expected.append(left)
         if rule and evaluation in stops:
             left = max(1.0, left / rule.reduction)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import threading
 import time
@@ -13,11 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
-from sweep.report import conclusion
-from sweep.status import Status
+from sweep.report import UNSCORED, conclusion, counted
+from sweep.status import Status, tokenised
 from sweep.study import Entry, Ledger, ranking
 from trainables import checkpoint, data
 
@@ -46,7 +48,8 @@ class Home:
 def export_best(
     ledger: Ledger, place: Place, model: str, tokenizer: Path | None, warn: Callable[[str], object]
 ) -> Entry | None:
-    """Make best/ from the checkpoint with the best evaluation of all that are intact.
+    """Make best/ from the checkpoint with the best evaluation of all that are intact, or from the last one of a trial
+    that has no validation loss.
 
     What is in best/ stays when it is better than those. `tokenizer` is the directory of its files; without
     one, of a toy, only the configuration is written. Returns the trial of which best/ is, None when there is none;
@@ -55,16 +58,17 @@ def export_best(
     entries, criterion = ledger.entries(), ledger.criterion
     found = _best_intact(entries, place, warn)
     before = exported(place)
+    objective = None if found is None else found[1].objective
     key = "validation_loss" if criterion.is_loss else OBJECTIVE
-    if before is not None and (found is None or criterion.turned(before[key]) < found[1]):
+    if before is not None and (found is None or (objective is not None and criterion.turned(before[key]) < objective)):
         number: int = before["trial"]
         warn(f"best/ is left as it is, of trial {number:03d}: its checkpoint is damaged or gone")
         return ledger.entry(number)
     if found is None:
         return None
-    winner, objective, kept = found
-    first = ranking(entries)[0]
-    if first.best is not None and first.best[1] < objective:
+    winner, kept = found
+    first = next(iter(ranking(entries)), winner)
+    if first.best is not None and objective is not None and first.best[1] < objective:
         warn(
             f"best/ is of trial {winner.number:03d} ({criterion.text(objective)}): the checkpoint of trial"
             f" {first.number:03d} ({criterion.text(first.best[1])}) is damaged or gone"
@@ -76,21 +80,27 @@ def export_best(
 
 def _best_intact(
     entries: Sequence[Entry], place: Place, warn: Callable[[str], object]
-) -> tuple[Entry, float, checkpoint.Checkpoint] | None:
-    """Of all checkpoints that are intact, that with the lowest objective, which is given, too, and its trial."""
+) -> tuple[Entry, checkpoint.Checkpoint] | None:
+    """Of all checkpoints that are intact, that with the lowest objective, and its trial; see `to_take_home`."""
     for entry in entries:
         place.pull_checkpoints(place.paths.trial(entry.number), manifests_alone=True)
-    kept = [(entry, checkpoint.best(place.paths.trial(entry.number))) for entry in entries]
-    scored = [(entry, found.evaluation.objective, found) for entry, found in kept if found and found.evaluation]
-    for entry, objective, found in sorted(scored, key=lambda row: (row[1], row[0].number)):
+    kept = [(entry, found) for entry in entries if (found := to_take_home(place, entry)) is not None]
+    for entry, found in sorted(kept, key=lambda row: (row[1].objective or 0.0, row[0].number)):
         place.pull_checkpoints(found.path.parent)
         try:
             checkpoint.read(found.path)
         except ValueError as error:
             warn(str(error))
         else:
-            return entry, objective, found
+            return entry, found
     return None
+
+
+def to_take_home(place: Place, entry: Entry) -> checkpoint.Checkpoint | None:
+    """What there is of a trial here: the checkpoint of its best evaluation; of one that has none, for it was trained on
+    the validation rows, too, its last."""
+    directory = place.paths.trial(entry.number)
+    return checkpoint.last(directory) if entry.unscored else checkpoint.best(directory)
 
 
 def exported(place: Place) -> dict[str, Any] | None:
@@ -113,7 +123,7 @@ def export(
     """
     with _replacing(to) as unfinished:
         if tokenizer is not None:
-            shutil.copy2(found.path / "adapter_model.safetensors", unfinished)
+            shutil.copy2(found.path / checkpoint.ADAPTER, unfinished)
             adapter = json.loads((found.path / "adapter_config.json").read_text())
             adapter["base_model_name_or_path"] = model
             (unfinished / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
@@ -124,17 +134,18 @@ def export(
 
 def export_merged(
     ledger: Ledger, to: Path, model: str, named: str, tokens: Path, entry: Entry, found: checkpoint.Checkpoint
-) -> float:
+) -> float | None:
     """Put the base model with the adapter of a checkpoint added to its weights, in bf16, into the directory `to`.
 
     `named` is what the model is called there, `tokens` are those of the sweep. Returns the validation loss of what was
-    written, which is not that of the adapter: that was trained on the base in 4 bits. Raises what `merging.merge` does.
+    written, which is not that of the adapter: that was trained on the base in 4 bits; None when it was trained on the
+    validation rows. Raises what `merging.merge` does.
     """
     merging = importlib.import_module("trainables.merging")  # brings torch, which nothing else here needs
     with _replacing(to) as unfinished:
-        loss: float = merging.merge(model, found.path, tokens, unfinished)
+        loss: float | None = merging.merge(model, found.path, unfinished, None if entry.unscored else tokens)
         shutil.copytree(tokens / data.TOKENIZER, unfinished, dirs_exist_ok=True)
-        card = model_card(ledger, entry, named, found.step, to.name, merged=loss)
+        card = model_card(ledger, entry, named, found.step, to.name, merged=True, loss=loss)
         (unfinished / "README.md").write_text(str(card))
         _write_facts(unfinished, named, entry, _numbers(entry, found) | {"validation_loss_merged": loss})
     return loss
@@ -152,30 +163,29 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     to = Path(f"{sweep.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
     if to.exists() or to.is_symlink():
         raise NotKept(f"{to} is there already; move it away, or export in another directory")
-    tokenised = sorted(place.paths.tokens.glob(f"*/{data.SUMMARY}"), key=lambda file: file.stat().st_mtime)
-    if not tokenised:
+    tokens = tokenised(place)
+    if tokens is None:
         raise NotKept(f"{place.url}: its tokens are not on this machine; export it where it ran")
-    tokens = tokenised[-1].parent
     if merge and data.model_hash(model) != sweep.ledger.noted("inputs")["model"]:
         raise NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
     named = without_path(model) if public else model
+    losses = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
     if merge:
         loss = export_merged(sweep.ledger, to, model, named, tokens, entry, best)
-        losses = f"validation loss {best.loss:.4f} with the base in 4 bits, {loss:.4f} merged in bf16"
+        losses += "" if loss is None else f" with the base in 4 bits, {loss:.4f} merged in bf16"
     else:
         export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
-        losses = f"validation loss {best.loss:.4f}"
-    if best.evaluation is not None and not entry.criterion.is_loss:
-        losses = f"{entry.criterion.name} {entry.criterion.text(best.evaluation.objective)}, {losses}"
+    if best.objective is not None and not entry.criterion.is_loss:
+        losses = f"{entry.criterion.name} {entry.criterion.text(best.objective)}, {losses}"
     return Home(to, entry.number, best.step, losses)
 
 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
     """A trial, or the best one, and its best checkpoint. Raises `NotKept`."""
     if number is not None and not any(entry.number == number for entry in entries):
-        raise NotKept(f"there is no trial {number}; {place.url} has {len(entries)} trials")
+        raise NotKept(f"there is no trial {number}; {place.url} has {counted(len(entries), 'trial')}")
     complaints: list[str] = []
-    wanted = [entry for entry in entries if number in (None, entry.number) and entry.best]
+    wanted = [entry for entry in entries if number in (None, entry.number) and (entry.best or entry.unscored)]
     found = _best_intact(wanted, place, complaints.append)
     if found is None:
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]
@@ -185,8 +195,7 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
             f"{place.url}: {what} has an intact checkpoint of an evaluation{why}; of trials that have ended the best"
             f" `checkpoint.keep` have theirs, here {', '.join(map(str, kept)) or 'none'}"
         )
-    entry, _, best = found
-    return entry, best
+    return found
 
 
 def push(directory: Path, repo: str) -> str:
@@ -206,24 +215,37 @@ def push(directory: Path, repo: str) -> str:
     return f"{url}, which is {seen}"
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What of a sweep is uploaded, and where to."""
+
+    repo: str
+    """Of the Hub."""
+    ledger: Ledger
+    place: Place
+    model: str
+    tokenizer: Path
+    """Directory of its files."""
+    note: Callable[[str], object]
+    """Is told where it is, and when it is not."""
+
+    @property
+    def by_hand(self) -> str:
+        """What to do when it could not be done."""
+        verb = self.place.command("export", "--push-to", self.repo)
+        return f"once the sweep has ended, upload it with: {verb}"
+
+
 @contextmanager
-def pushing_best(
-    repo: str,
-    ledger: Ledger,
-    place: Place,
-    model: str,
-    tokenizer: Path,
-    note: Callable[[str], object],
-    hurried: Callable[[], bool],
-) -> Iterator[None]:
+def pushing_best(upload: Upload, hurried: Callable[[], bool]) -> Iterator[None]:
     """While the block runs, upload the best adapter whenever there is a better one.
 
     Nothing waits for it, but the end, unless that is `hurried`. Of those that come while one is uploaded, the last is
-    next. `note` is told where it is, and when it is not.
+    next. An empty block uploads the one that there is, with a card of this moment; the Hub's client leaves out files
+    that are there already.
     """
     ended = threading.Event()
-    arguments = (repo, ledger, place, model, tokenizer, note, ended)
-    thread = threading.Thread(target=_push_best, args=arguments, name="push", daemon=True)
+    thread = threading.Thread(target=_push_best, args=(upload, ended), name="push", daemon=True)
     thread.start()
     try:
         yield
@@ -232,20 +254,13 @@ def pushing_best(
         if not hurried():
             thread.join(LAST_SECONDS)
             if thread.is_alive():
-                note(f"checkpoint.push_to: not done after {LAST_SECONDS:g} s; {_by_hand(place, repo)}")
+                upload.note(f"checkpoint.push_to: not done after {LAST_SECONDS:g} s; {upload.by_hand}")
 
 
-def _push_best(
-    repo: str,
-    ledger: Ledger,
-    place: Place,
-    model: str,
-    tokenizer: Path,
-    note: Callable[[str], object],
-    ended: threading.Event,
-) -> None:
+def _push_best(upload: Upload, ended: threading.Event) -> None:
     """The thread of `pushing_best`: looks until it has `ended`, and then once more."""
     disable_progress_bars()  # they would be drawn into the live table
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns when no file has changed
     pushed: object = None
     rests_until = 0.0  # time.monotonic(), after a failure
     is_last = False
@@ -254,25 +269,38 @@ def _push_best(
         if time.monotonic() < rests_until and not is_last:
             continue
         try:
-            entries = ledger.entries()
-            first = [(entry.number, entry.best) for entry in ranking(entries)[:1]]
-            if first and first != pushed:
-                entry, best = chosen(place, entries, None)
-                with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
-                    adapter = Path(scratch) / repo.rpartition("/")[2]
-                    export(ledger, adapter, without_path(model), tokenizer, entry, best)
-                    note(f"The best adapter so far is at {push(adapter, repo)}")
+            entries = upload.ledger.entries()
+            best = next(iter([*ranking(entries), *(entry for entry in entries if entry.unscored)]), None)
+            if best is not None and (first := (best.number, best.best)) != pushed:
+                _push(upload, entries, best)
                 pushed, rests_until = first, 0.0
         except Exception as error:  # noqa: BLE001 - it is told; no sweep ends for an upload
             gave_way = isinstance(error, NotKept | FileNotFoundError)  # the checkpoint, to a better one
             if is_last or not (gave_way or rests_until):
-                note(f"checkpoint.push_to: {repo} lacks the best adapter ({error}); {_by_hand(place, repo)}")
+                upload.note(f"checkpoint.push_to: {upload.repo} lacks the best adapter ({error}); {upload.by_hand}")
             if not gave_way:
                 rests_until = time.monotonic() + AGAIN_SECONDS
 
 
-def _by_hand(place: Place, repo: str) -> str:
-    return f"once the sweep has ended, upload it with: {place.command('export', '--push-to', repo)}"
+def _push(upload: Upload, entries: Sequence[Entry], best: Entry) -> None:
+    """Upload the adapter of the `best` trial, or of one that is better by now; none that is worse in its place."""
+    lowest, text = best.best[1] if best.best else math.inf, best.criterion.text
+    entry, found = chosen(upload.place, entries, None)
+    if (
+        found.objective is not None and found.objective > lowest
+    ):  # once more: it may just have given way to a better one
+        entry, found = chosen(upload.place, entries, None)
+    if found.objective is not None and found.objective > lowest:
+        upload.note(
+            f"checkpoint.push_to: {upload.repo} is left as it is: the checkpoint of trial {best.number:03d}, which is"
+            f" the best ({text(lowest)}), is damaged or gone. There is an intact one of trial {entry.number:03d}"
+            f" ({text(found.objective)}); {upload.by_hand}"
+        )
+        return
+    with TemporaryDirectory(prefix="qlora-sweep-") as scratch:
+        adapter = Path(scratch) / upload.repo.rpartition("/")[2]
+        export(upload.ledger, adapter, without_path(upload.model), upload.tokenizer, entry, found)
+        upload.note(f"The best adapter so far is at {push(adapter, upload.repo)}")
 
 
 def without_path(model: str) -> str:
@@ -298,8 +326,8 @@ def _replacing(to: Path) -> Iterator[Path]:
 def _numbers(entry: Entry, found: checkpoint.Checkpoint) -> dict[str, Any]:
     """What sweep.json says of a checkpoint."""
     numbers: dict[str, Any] = {"step": found.step, "validation_loss": found.loss}
-    if found.evaluation is not None and not entry.criterion.is_loss:
-        numbers[OBJECTIVE] = entry.criterion.turned(found.evaluation.objective)
+    if found.objective is not None and not entry.criterion.is_loss:
+        numbers[OBJECTIVE] = entry.criterion.turned(found.objective)
     return numbers
 
 
@@ -309,27 +337,41 @@ def _write_facts(directory: Path, model: str, entry: Entry, numbers: Mapping[str
 
 
 def model_card(
-    ledger: Ledger, entry: Entry, model: str, step: int, directory: str, merged: float | None = None
+    ledger: Ledger,
+    entry: Entry,
+    model: str,
+    step: int,
+    directory: str,
+    *,
+    merged: bool = False,
+    loss: float | None = None,
 ) -> ModelCard:
     """What it is, how it was found, and how to load it from the `directory`.
 
-    `merged` is the validation loss of the model when it is not an adapter.
+    `merged`: it is no adapter; `loss` is the validation loss of the whole model then, where there is one.
     """
-    library = "peft" if merged is None else "transformers"
+    library = "transformers" if merged else "peft"
     base_model = model if data.is_hub_id(model) else None  # the Hub refuses a path
     card = ModelCardData(library_name=library, base_model=base_model, tags=["qlora", "qlora-sweep", "lora"])
     entries = ledger.entries()
     config = entry.config
     settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
     versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
-    what = f"QLoRA adapter for {model}" if merged is None else f"{model}, fine-tuned with QLoRA"
-    rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
-    place = "The best" if rank == 1 else f"Number {rank}"
-    by = "validation loss (mean cross-entropy per supervised token)"
-    if not entry.criterion.is_loss:
-        by = f"{entry.criterion.name} ({entry.criterion.better} is better)"
+    what = f"{model}, fine-tuned with QLoRA" if merged else f"QLoRA adapter for {model}"
+    if entry.unscored:
+        found = f"Trial {entry.number} as it was after its last optimiser step, {step}."
+    else:
+        rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
+        place = "The best" if rank == 1 else f"Number {rank}"
+        by = "validation loss (mean cross-entropy per supervised token)"
+        if not entry.criterion.is_loss:
+            by = f"{entry.criterion.name} ({entry.criterion.better} is better)"
+        found = (
+            f"{place} of {counted(len(entries), 'trial')} by {by}, taken after optimiser\n"
+            f"step {step} of trial {entry.number}."
+        )
     bf16 = config.compute_dtype == "bf16"
-    how = _LOAD_ADAPTER if merged is None else _LOAD_MERGED
+    how = _LOAD_MERGED if merged else _LOAD_ADAPTER
     return ModelCard(
         f"""---
 {card.to_yaml()}
@@ -337,13 +379,12 @@ def model_card(
 
 # {what}
 
-{place} of {len(entries)} trials by {by}, taken after optimiser
-step {step} of trial {entry.number}.
+{found}
 
 ```
 {chr(10).join(conclusion(ledger))}
 ```
-{"" if merged is None else _MERGED.format(loss=merged)}
+{"" if loss is None else _MERGED.format(loss=loss)}
 {how.format(config=config, model=model, directory=directory, dtype=_TORCH[config.compute_dtype], bf16=bf16)}
 | hyperparameter | value |
 |---|---|

@@ -37,6 +37,7 @@ def forecast(
     expected to leave what its ladder says (`survivors`). As many are trained at a time as are now. `since` has the
     seconds that trials have been training since their newest evaluation, where somebody knows them.
     """
+    evaluations = max(evaluations, 1)  # without any, the budget is a single part
     timed = {entry.number: entry for entry in entries if entry.reported > 0 and entry.cost.elapsed > 0}
     parts = sum(entry.reported for entry in timed.values())
     mean = sum(entry.cost.elapsed for entry in timed.values()) / parts if parts else None

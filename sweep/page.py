@@ -87,7 +87,7 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
         name=spec.name,
         standing=_standing(status),
         verdict=list(_verdict(status)),
-        sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(entries)],
+        sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(status)],
         table=_table(status),
         fixed={name: _value(one) for name, one in spec.space.plain().items() if name not in spec.space.searched},
         versions=status.ledger.noted("environment") or {},
@@ -105,7 +105,9 @@ def _standing(status: Status) -> str:
     took = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     running = ", while it runs" if status.driver else ""
-    trials = f"{len(status.entries)} of {asked} trials{f' ({each})' if each else ''}, {took} of training"
+    trials = (
+        f"{len(status.entries)} of {report.counted(asked, 'trial')}{f' ({each})' if each else ''}, {took} of training"
+    )
     return f"As of {now}{running}: {trials}."
 
 
@@ -116,9 +118,12 @@ def _verdict(status: Status) -> Iterator[str]:
     winner = next(iter(ranked), None)
     if winner is None or winner.best is None:
         failed = sum(entry.state is TrialState.FAIL for entry in entries)
+        if any(entry.unscored for entry in entries):
+            yield from report.conclusion(status.ledger)
+            return
         yield "No trial has a validation loss yet." if entries else "No trial has been started yet."
         if failed:
-            yield f"{failed} of {len(entries)} trials failed; the table below says why."
+            yield f"{failed} of {report.counted(len(entries), 'trial')} failed; the table below says why."
         return
     evaluation, objective = winner.best
     criterion = winner.criterion
@@ -292,9 +297,9 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
     if not known:
         text = "No training losses were recorded to tell overfitting by, as with tracking.mode: disabled."
     elif overfitted:
-        text = f"{len(overfitted)} of {len(known)} trials overfitted: {', '.join(overfitted)}."
+        text = f"{len(overfitted)} of {report.counted(len(known), 'trial')} overfitted: {', '.join(overfitted)}."
     else:
-        text = f"None of {len(known)} trials overfitted."
+        text = f"None of {report.counted(len(known), 'trial')} overfitted."
     rule = (
         "A trial overfits from the evaluation on that has its lowest validation loss, when after it the validation loss"
         f" rose by more than {findings.MATTERS:.0%} and the training loss fell."
@@ -353,8 +358,8 @@ def _search(entries: Sequence[Entry]) -> Iterator[Section]:
         )
 
 
-def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
-    complete = findings.complete(entries)
+def _cost(status: Status) -> Iterator[Section]:
+    complete = findings.complete(status.entries)
     costs: dict[str, Callable[[Entry], float]] = {
         "minutes of training": lambda entry: entry.cost.seconds / 60,
         "peak memory, GB": lambda entry: entry.cost.peak_memory / 1e9,
@@ -364,7 +369,7 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
         values = {entry.number: (cost(entry), findings.best_objective(entry)) for entry in complete if cost(entry) > 0}
         if values:
             what = complete[0].criterion.name
-            figure = figures.best_by_cost(findings.derived(entries, values, {}), name, what)
+            figure = figures.best_by_cost(findings.derived(status.entries, values, {}), name, what)
             drawings.append(Drawing(figure, wide=False))
     text = (
         [
@@ -373,9 +378,9 @@ def _cost(entries: Sequence[Entry]) -> Iterator[Section]:
             " counted again; memory of the process, with all trials that it held.",
         ]
         if drawings
-        else ["No trial that used its whole budget has a time or memory on record."]
+        else ["No trial that used its whole budget has a validation loss, and a time or memory on record."]
     )
-    yield Section("What it cost", text, drawings)
+    yield Section("What it cost", [*report.bill(status.ledger, status.spec.cost.per_hour), *text], drawings)
 
 
 def _table(status: Status) -> dict[str, Any]:
@@ -383,9 +388,9 @@ def _table(status: Status) -> dict[str, Any]:
     entries, searched = status.entries, status.spec.space.searched
     evaluation = findings.common_evaluation(entries) or 1
     ranked = ranking(entries)
-    criterion = status.ledger.criterion
+    criterion, prices = status.ledger.criterion, report.prices(status.ledger, status.spec.cost.per_hour)
     headings = ["", "trial", *searched, f"best {criterion.short}", "at evaluation", f"at {evaluation}"]
-    headings += ["minutes", "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
+    headings += ["minutes", *(["cost"] if prices else []), "steps", "tokens", "peak GB", "ended as", "why", "accidents"]
     rows = []
     for place, entry in enumerate([*ranked, *(entry for entry in entries if entry.best is None)], start=1):
         number, objective = entry.best or (None, None)
@@ -399,6 +404,7 @@ def _table(status: Status) -> dict[str, Any]:
                 "-" if number is None else str(number),
                 "-" if common is None else criterion.text(common),
                 f"{entry.cost.seconds / 60:.1f}",
+                *([report.money(prices[entry.number])] if prices else []),
                 f"{entry.cost.steps:,}",
                 f"{entry.cost.tokens:,}",
                 f"{entry.cost.peak_memory / 1e9:.2f}" if entry.cost.peak_memory else "-",

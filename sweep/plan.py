@@ -98,7 +98,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             importing = beside.submit(importlib.import_module, "trainables.memory")  # seconds, as tokenising takes
             prepared = data.prepare(spec.data, spec.model, Path(scratch))
             memory = importing.result()
-            train = data.load(prepared.path).train
+            train = data.load(prepared.path).trained_on(spec.budget.evaluations)
             say("data", [*_data(prepared), *prepared.notes])
             say("steps", _steps(spec.budget.per_trial, configs, len(train)))
             say("trials", _trials(spec, prepared.rows["validation"]))
@@ -152,7 +152,8 @@ def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterato
         at = budget.evaluation_steps(steps)
         shown = ", ".join(map(str, at if len(at) < 6 else [*at[:3], "…", at[-1]]))
         epochs = steps / -(-rows // batch_size)
-        yield f"{steps:,} of {batch_size} rows are {epochs:.2f} epochs; validation after {shown}"
+        scored = f"validation after {shown}" if at else "no validation, its rows are trained on, too"
+        yield f"{steps:,} of {batch_size} rows are {epochs:.2f} epochs; {scored}"
 
 
 def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sweep.forecast import duration, forecast
-from sweep.report import standing, verdict
+from sweep.report import counted, standing, verdict
 from sweep.spec import EarlyStopping
 from sweep.study import STATES, Entry
 from sweep.tracking import described
@@ -100,7 +100,7 @@ class Progress:
         unfinished = len(entries) - done
         goes_on = "The sweep goes on" if unfinished or done < self.trials else "Nothing is left to do"
         begun = f"{unfinished} unfinished, " if unfinished else ""
-        self.note(f"{goes_on}: {done} trials are done, {begun}{self.trials} are asked for.")
+        self.note(f"{goes_on}: {counted(done, 'trial')} done, {begun}{self.trials} asked for.")
 
     def verifying(self, trials: int) -> None:
         self.trials, self.rule, self.searched = trials, None, (*self.searched, "seed")
@@ -130,6 +130,9 @@ class Progress:
             score = "" if done.score is None else f", {entry.criterion.name} {entry.criterion.text(done.score)}"
             told = f"validation loss {done.loss:.4f}{score}{speed}"
             self._say(f"trial {entry.number:3d} step {done.step}, {what}: {told}")
+        elif slice_.steps and not self.evaluations and time.monotonic() - self._summed_up > SUMMARY_SECONDS:
+            self._summed_up = time.monotonic()  # no evaluation would say that it lives
+            self._say(f"trial {entry.number:3d} step {row.step}: training loss {slice_.steps[-1].loss:.4f}")
 
     def ended(self, entry: Entry) -> None:
         self._entries[entry.number] = entry
@@ -157,7 +160,7 @@ class Progress:
         head = Table.grid(padding=(0, 1))
         head.add_row(
             ProgressBar(total=1.0, completed=ahead.share, width=20),
-            f"{ahead.share:.0%}, {done} of {self.trials} trials done in {duration(now - self._began)},"
+            f"{ahead.share:.0%}, {done} of {counted(self.trials, 'trial')} done in {duration(now - self._began)},"
             f" time left {duration(ahead.seconds)}",
         )
         speeds = {number: row.tokens_per_second for number, row in rows.items()}
@@ -212,7 +215,7 @@ def overview(
             style="bold" if runs and alive else None,
         )
     if (left_out := len(ended) - ENDED_SHOWN) > 0:
-        table.caption = f"{left_out} ended trials with {ended[0].criterion.worse} {values} are left out"
+        table.caption = f"left out: {counted(left_out, 'ended trial')} with {ended[0].criterion.worse} {values}"
     return table
 
 

@@ -14,6 +14,8 @@ from sweep.tracking import described
 SIDE_BY_SIDE = "side_by_side"
 """Note in the ledger: how many processes shared a machine in the newest run."""
 
+UNSCORED = "the validation rows were trained on, too, so there is no validation loss"
+"""Of a trial without one."""
 USUAL_DEFAULT = "r 16, alpha 32, learning rate 2e-4"
 """`usual_default` in words."""
 
@@ -28,9 +30,35 @@ def base(entries: Sequence[Entry]) -> float | None:
     return next((e.objectives[0] for e in entries if 0 in e.objectives), None)
 
 
-def price(seconds: float, per_hour: float, side_by_side: int) -> float:
-    """What so many seconds of a trial cost that has this part of a machine of a price."""
-    return seconds / 3600 * per_hour / side_by_side
+def prices(ledger: Ledger, per_hour: float | None) -> dict[int, float]:
+    """What each trial of the search, or of the verification, whose `ledger` it is, has cost: the hours of its steps and
+    evaluations, as one of those side by side on a machine, at its price for an hour. Nothing without a price."""
+    per_second = (per_hour or 0.0) / 3600 / _side_by_side(ledger)
+    return {e.number: e.cost.seconds * per_second for e in ledger.entries()} if per_hour else {}
+
+
+def spent(ledger: Ledger, per_hour: float | None) -> float | None:
+    """What all trials have cost so far, those of the verification included; None without a price."""
+    parts = [ledger, *filter(None, [ledger.verification()])]
+    return sum(sum(prices(part, per_hour).values()) for part in parts) if per_hour else None
+
+
+def bill(ledger: Ledger, per_hour: float | None) -> list[str]:
+    """The same in words, a line; none without a price."""
+    total = spent(ledger, per_hour)
+    if per_hour is None or total is None:
+        return []
+    how = f"{money(total / per_hour)} h of a machine at {per_hour:g} an hour, {_side_by_side(ledger)} at a time on it"
+    return [f"cost so far           {money(total)}  ({how}; starting and waiting not counted)"]
+
+
+def _side_by_side(ledger: Ledger) -> int:
+    return ledger.noted(SIDE_BY_SIDE) or 1
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as `1 trial`, `12 trials`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def money(amount: float) -> str:
@@ -42,14 +70,12 @@ def show(
     console: Console, ledger: Ledger, searched: Sequence[str], seconds: float, per_hour: float | None = None
 ) -> None:
     """Print ranking, base, default, winner and time, and what all that cost when the price of a machine is given."""
-    entries = ledger.entries()
-    side_by_side = ledger.noted(SIDE_BY_SIDE) or 1
-    prices = {e.number: price(e.cost.seconds, per_hour, side_by_side) for e in entries} if per_hour else {}
+    entries, priced = ledger.entries(), prices(ledger, per_hour)
     ranked = ranking(entries)
     criterion = ledger.criterion
     table = Table(title=f"Ranking by best {criterion.name}", title_justify="left")
     headings = ["", "trial", "configuration", f"best {criterion.short}", "evaluation", "ended as", "minutes"]
-    for heading in [*headings, "cost"] if prices else headings:
+    for heading in [*headings, "cost"] if priced else headings:
         table.add_column(
             heading,
             justify="left" if heading in ("configuration", "ended as") else "right",
@@ -66,18 +92,16 @@ def show(
             "-" if evaluation is None else str(evaluation),
             STATES[entry.state],
             f"{entry.cost.seconds / 60:.1f}",
-            *([money(prices[entry.number])] if prices else []),
+            *([money(priced[entry.number])] if priced else []),
         )
     console.print(table)
     for entry in entries:
         if entry.state is TrialState.FAIL:
             console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
-    for line in [*conclusion(ledger), *scoring.trouble(ledger)]:
+    for line in [*conclusion(ledger), *scoring.trouble(ledger), *bill(ledger, per_hour)]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"{len(entries)} trials, {seconds / 60:.1f} minutes", highlight=False)
-    if prices:
-        how = f"{per_hour:g} an hour, {side_by_side} at a time on a machine; starting and waiting not counted"
-        console.print(f"They cost {money(sum(prices.values()))} ({how})", highlight=False)
+    took = f"this run took {seconds / 60:.1f} minutes"  # the trials may be of earlier ones
+    console.print(f"{counted(len(entries), 'trial')}; {took}", highlight=False)
 
 
 def conclusion(ledger: Ledger) -> list[str]:
@@ -95,7 +119,8 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     ranked = ranking(entries)
     start, default = base(entries), usual_default(entries)
     criterion = entries[0].criterion if entries else LOSS
-    lines = [] if criterion.is_loss or not ranked else [f"searched for          {criterion}"]
+    lines = [f"trial {entry.number:03d}: {UNSCORED}" for entry in entries if entry.unscored]
+    lines += [] if criterion.is_loss or not ranked else [f"searched for          {criterion}"]
     if start is not None:
         lines.append(f"base model            {criterion.text(start)}")
     if default is not None and default.best is not None:
@@ -137,7 +162,7 @@ def standing(entries: Sequence[Entry], trials: int) -> str:
         criterion = ranked[0].criterion
         value = criterion.text(ranked[0].best[1])
         best = f", the best {criterion.short} so far is {value} (trial {ranked[0].number:03d})"
-    return f"{done} of {trials} trials are done{best}"
+    return f"{done} of {counted(trials, 'trial')} {'is' if trials == 1 else 'are'} done{best}"
 
 
 def any_finished(entries: Sequence[Entry]) -> bool:

@@ -163,7 +163,9 @@ def run(
         recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
-        listener.note(f"Sweep {spec.name}: {spec.search.trials} trials in {place.url}, W&B {tracked.mode}")
+        listener.note(
+            f"Sweep {spec.name}: {report.counted(spec.search.trials, 'trial')} in {place.url}, W&B {tracked.mode}"
+        )
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),
@@ -225,8 +227,11 @@ def run(
                 _verify(spec, spec.verify, ledger, place, tracked, listener, train)
             if winner is not None and not drain():
                 scored = _score(spec, ledger, place, winner, job, metric, requests.drained, listener)
-                if (scored or spec.verify is not None) and not drain():
-                    winner = export_best()  # once more: the model card tells of it
+                if not drain():
+                    if scored or spec.verify is not None:
+                        winner = export_best()  # once more: the model card tells of it
+                    with _pushing(spec, job, ledger, place, listener, drain):  # that one, too
+                        pass
     seconds = time.monotonic() - began
     kept_offline = tracking.kept_offline(tracked.directory)
     if tracked.mode == "online" and kept_offline:
@@ -357,7 +362,8 @@ def _train(
     def assign(entry: Entry) -> Assignment:
         entries = ledger.entries()
         running = [other.number for other in entries if other.state is TrialState.RUNNING]
-        score_base = report.base([*known, *entries]) is None and entry.number == min(running)
+        unknown = spec.budget.evaluations > 0 and report.base([*known, *entries]) is None
+        score_base = unknown and entry.number == min(running)
         halvings = starting_halvings(entry, [*known, *entries])
         if halvings > entry.halvings:
             ledger.halve(entry.number, halvings)
@@ -454,14 +460,14 @@ def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
     entries = ledger.entries()
     ended = [entry for entry in entries if entry.state is not TrialState.RUNNING]
     emptied -= {entry.number for entry in entries} - {entry.number for entry in ended}  # they were revived
-    contenders = {entry.number for entry in ranking(ended)[:keep]}
-    for number in [entry.number for entry in ended if entry.number not in emptied]:
-        directory = place.paths.trial(number)
-        if number in contenders:
+    contenders = {entry.number for entry in [*ranking(ended)[:keep], *(each for each in ended if each.unscored)]}
+    for entry in [entry for entry in ended if entry.number not in emptied]:
+        directory = place.paths.trial(entry.number)
+        if entry.number in contenders:
             place.pull_checkpoints(directory, manifests_alone=True)
         else:
-            emptied.add(number)
-        kept = checkpoint.best(directory) if number in contenders else None
+            emptied.add(entry.number)
+        kept = export.to_take_home(place, entry) if entry.number in contenders else None
         checkpoint.prune(directory, {kept.path} if kept else set())
         place.prune(directory)
 
@@ -476,7 +482,8 @@ def _pushing(
         return drain.cause in ("signal", "breakdown")
 
     tokenizer = Path(job.tokens) / data.TOKENIZER
-    return export.pushing_best(spec.checkpoint.push_to, ledger, place, spec.model, tokenizer, listener.note, hurried)
+    upload = export.Upload(spec.checkpoint.push_to, ledger, place, spec.model, tokenizer, listener.note)
+    return export.pushing_best(upload, hurried)
 
 
 def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, place: Place, listener: Listener) -> None:
@@ -810,6 +817,12 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
             data.with_answers(tokens.validation)
     for note in prepared.notes:
         listener.note(note)
+    if not budget.evaluations:
+        rows = prepared.rows["train"] + prepared.rows["validation"]
+        long = f"{budget.steps:,} steps" if budget.steps else f"{budget.epochs:.3g} epochs"
+        listener.note(
+            f"All {rows:,} rows of training and validation are trained on, for {long}: no validation loss follows"
+        )
     return Job(spec.model, str(prepared.path), budget, completions=spec.completions)
 
 
@@ -862,7 +875,8 @@ def _end_runs(
         place.pull_log(directory / tracking.ROWS)
         rows = [row for row in tracking.logged(directory) if tracking.EVALUATION in row]
         steps = {row[tracking.EVALUATION]: row[tracking.STEP] for row in rows}
-        told = tracking.summary(entry.objectives, entry.losses, steps, first_rung, evaluations, entry.criterion)
+        share = 1.0 if entry.unscored else max(entry.reported, 0) / max(evaluations, 1)
+        told = tracking.summary(entry.objectives, entry.losses, steps, first_rung, share, entry.criterion)
         facts = told | {"stop_reason": entry.reason}
         name = tracking.run_name(entry.number, entry.config, searched)
         config = tracking.run_config(entry.number, entry.config, model, tracked.group)

@@ -228,6 +228,9 @@ class LedgerScheduler(FIFOScheduler):
             return TrialScheduler.STOP
         if slice_.evaluation is not None and self._settle(number):
             return TrialScheduler.STOP
+        if slice_.done and slice_.evaluation is None:  # there are no validation rows to settle it by
+            self._ledger.complete(number)
+            return TrialScheduler.STOP
         if self._watch.requests is not None and number in self._watch.requests.to_stop:
             self._ledger.spend(number, result["cost"])
             self._ledger.stop(number, BY_HAND)

@@ -18,6 +18,7 @@ import psutil
 from sweep.place import Place
 from sweep.study import Entry, Ledger
 from sweep.validation import listed
+from trainables.checkpoint import ADAPTER
 from trainables.protocol import Scored
 
 Metric = Callable[[list[str], list[str], list[str]], Any]
@@ -198,7 +199,7 @@ def score_winner(
     try:
         remote: Any = ray.remote(task)
         options = remote.options(max_retries=2, **resources)
-        adapter = place.paths.best / "adapter_model.safetensors"
+        adapter = place.paths.best / ADAPTER
         place.pull_file(adapter)
         # The base beside it, where there is room.
         asked = [options.remote(adapter.read_bytes()), options.remote(None)]

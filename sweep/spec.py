@@ -101,8 +101,9 @@ class Budget(Section):
     """Passes over the training rows; this or `steps`."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps, at least one for each evaluation; this or `epochs`."""
-    evaluations: Annotated[int, Field(ge=1)] = 5
-    """Equal parts that the budget is cut into; the validation loss is taken at the end of each."""
+    evaluations: Annotated[int, Field(ge=0)] = 5
+    """Equal parts that the budget is cut into; the validation loss is taken at the end of each. With 0, as `rerun
+    --all-data` sets it for a single trial, there is none, and the validation rows are trained on, too."""
     hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of wall clock of one run of the command, after which it ends and can be resumed; no limit unless given."""
 
@@ -211,7 +212,8 @@ class Cost(Section):
     """What is paid for the machine."""
 
     per_hour: Annotated[float, Field(gt=0)] | None = None
-    """Price of a machine for an hour, in any currency: `plan --probe` and the ranking then say what trials cost."""
+    """Price of a machine for an hour, in any currency: `plan --probe`, the ranking, `status` and report.html then say
+    what trials cost."""
 
 
 class SweepSpec(Section):
@@ -336,6 +338,11 @@ def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
     before, after = (dict(_flat(spec)) for spec in (recorded, asked))
     pairs = [(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]) if key != "space"]
     old, new = recorded.space.plain(), asked.space.plain()
+    # A section that one of them does not have, as with `early_stopping: false`, is one difference.
+    lacking = [key for key, was, now in pairs if (was is True) != (now is True)]
+    pairs = [pair for pair in pairs if pair[0].partition(".")[0] not in lacking]
+    whole, other = (spec.model_dump(mode="json", by_alias=True) for spec in (recorded, asked))
+    pairs += [(key, whole[key], other[key]) for key in lacking]
     pairs += [(f"space.{name}", old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
     return [
         f"{key}: recorded {shown(was)}, asked {shown(now)}"
@@ -396,8 +403,17 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("budget", "steps"), f"received {steps}, should be at least one for each of the {evaluations} evaluations"
     if given("early_stopping.grace", "budget.evaluations"):
         grace, evaluations = found["early_stopping.grace"], found["budget.evaluations"]
-        if grace > evaluations:
+        if grace > evaluations > 0:
             yield ("early_stopping", "grace"), f"received {grace}, should be at most the {evaluations} evaluations"
+    if found.get("budget.evaluations") == 0:
+        chooses = found.get("search.trials", 1) > 1 or found.get("early_stopping") or found.get("verify")
+        chooses = chooses or found.get("objective")
+        if chooses or (given("metric") and "data.test" in found and not given("data.test")):
+            yield (
+                ("budget", "evaluations"),
+                "received 0, which leaves no validation loss to go by; set search.trials: 1 and early_stopping: false,"
+                " and leave verify and objective out, and metric where there is no data.test",
+            )
     if found.get("trainable") == "qlora_sft":
         for key in ("model", "data"):
             if key in found and found[key] is None:

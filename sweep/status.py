@@ -17,6 +17,7 @@ from sweep.progress import machine, overview
 from sweep.requests import Request, waiting
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import STATES, Entry, Ledger, ranking, read_journal, read_url
+from trainables import data
 
 
 class NoSweep(Exception):
@@ -106,13 +107,18 @@ def read(place: Place, name: str, url: str | None) -> Ledger:
         raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
 
 
-def rerun_spec(found: Status, trial: int, overrides: Sequence[str] = (), ledger: str | None = None) -> SweepSpec:
+def rerun_spec(
+    found: Status, trial: int, overrides: Sequence[str] = (), ledger: str | None = None, *, all_data: bool = False
+) -> SweepSpec:
     """The spec of a sweep of its own, NAME-rerun-NNN beside this one, that trains a trial's configuration again.
 
     Model, data, budget and seed are as recorded, so it gives the same losses; `overrides` such as `budget.epochs=3`
     change them. Nothing is uploaded to the Hub unless they say so. `ledger` is as for `look`.
 
-    Raises `NoSweep` when there is no such trial, SpecError as `spec.load` does.
+    With `all_data` it is NAME-all-NNN and is trained on the validation rows, too, so it has no validation loss. Unless
+    an override says how long, it passes over all rows as often as the trial's best checkpoint had over its own.
+
+    Raises `NoSweep` when there is no such trial, or nothing says how long; SpecError as `spec.load` does.
     """
     entry = next((entry for entry in found.entries if entry.number == trial), None)
     if entry is None:
@@ -131,8 +137,42 @@ def rerun_spec(found: Status, trial: int, overrides: Sequence[str] = (), ledger:
     }
     if ledger is not None:
         values["ledger"] = ledger
+    if all_data:
+        if recorded.data is None:
+            raise NoSweep("--all-data: a toy has no rows; leave it out")
+        values |= {"name": f"{recorded.name}-all-{trial:03d}", "budget.evaluations": 0, "objective": None}
+        if recorded.data.test is None:
+            values["metric"] = None  # of rows that it was trained on
+        if not any(override.startswith(("budget.steps=", "budget.epochs=")) for override in overrides):
+            values |= _best_passes(found, entry)
     own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return specs.load(found.place.paths.spec, [*own, *overrides])
+    spec = specs.load(found.place.paths.spec, [*own, *overrides])
+    if all_data and spec.budget.evaluations:
+        raise NoSweep("--all-data leaves no rows for evaluations; leave budget.evaluations out")
+    return spec
+
+
+def _best_passes(found: Status, entry: Entry) -> dict[str, float]:
+    """A budget of as many passes over all rows as the best checkpoint of a trial had made over the training rows."""
+    budget, tokens = found.spec.budget, tokenised(found.place)
+    name_it = "say how long: --set budget.steps=…"
+    if entry.best is None:
+        raise NoSweep(f"--all-data: trial {entry.number} has no validation loss that says how long to train; {name_it}")
+    evaluation, _ = entry.best
+    if budget.epochs is not None:
+        return {"budget.epochs": budget.epochs * evaluation / budget.evaluations}
+    if tokens is None:
+        raise NoSweep(f"--all-data: the tokens of {found.place.url} are not on this machine; {name_it}")
+    rows = json.loads((tokens / data.SUMMARY).read_text(encoding="utf-8"))["rows"]
+    assert budget.steps is not None
+    steps = budget.per_trial.evaluation_steps(budget.steps)[evaluation - 1]
+    return {"budget.steps": max(1, round(steps * (rows["train"] + rows["validation"]) / rows["train"]))}
+
+
+def tokenised(place: Place) -> Path | None:
+    """What `data.prepare` made for a sweep last; None when this machine does not have it."""
+    found = sorted(place.paths.tokens.glob(f"*/{data.SUMMARY}"), key=lambda file: file.stat().st_mtime)
+    return found[-1].parent if found else None
 
 
 def _is_driven(place: Place) -> bool:
@@ -159,7 +199,8 @@ def show(console: Console, status: Status) -> None:
         console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
     machines = machine(status.memory, status.gpu_load)
     advice = verification.advice(verification.result(status.ledger), status.ledger.criterion, status.place)
-    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines]:
+    bill = report.bill(status.ledger, spec.cost.per_hour)
+    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill]:
         console.print(line, highlight=False, soft_wrap=True)
     left = (
         f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""
@@ -170,7 +211,7 @@ def show(console: Console, status: Status) -> None:
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """The same as plain values; seconds, bytes, and losses by evaluation."""
+    """The same as plain values; seconds, bytes, losses by evaluation, and `cost` in the currency of `cost.per_hour`."""
     best = next(iter(ranking(status.entries)), None)
     default, ahead = report.usual_default(status.entries), status.forecast
     criterion, base = status.ledger.criterion, report.base(status.entries)
@@ -192,6 +233,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "seconds_left": ahead.seconds,
         "peak_memory": status.memory,
         "gpu_load": status.gpu_load,
+        "cost": report.spent(status.ledger, status.spec.cost.per_hour),
         "waiting": [str(request) for request in status.waiting],
         "verification": (verified := verification.result(status.ledger)) and asdict(verified),
         "scores": (scored := scoring.scores(status.ledger)) and asdict(scored),
@@ -204,13 +246,13 @@ def records(status: Status) -> list[dict[str, Any]]:
 
     `config`, `losses` and `values` (by evaluation) are dictionaries themselves; losses in nats, values of what is
     searched for, which is the loss unless there is an `objective`, `seconds` of steps and evaluations, `peak_memory` in
-    bytes. Best is the evaluation with the best value.
+    bytes, `cost` in the currency of `cost.per_hour`, None without that. Best is the evaluation with the best value.
     """
-    left = status.forecast.of_trial
-    return [_record(entry, left.get(entry.number)) for entry in status.entries]
+    left, prices = status.forecast.of_trial, report.prices(status.ledger, status.spec.cost.per_hour)
+    return [_record(entry, left.get(entry.number), prices.get(entry.number)) for entry in status.entries]
 
 
-def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
+def _record(entry: Entry, seconds_left: float | None, cost: float | None) -> dict[str, Any]:
     return {
         "trial": entry.number,
         "state": STATES[entry.state],
@@ -223,6 +265,7 @@ def _record(entry: Entry, seconds_left: float | None) -> dict[str, Any]:
         "best_value": _value(entry),
         "halvings": entry.halvings,
         "seconds_left": seconds_left,
+        "cost": cost,
         **asdict(entry.cost),
     }
 

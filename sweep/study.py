@@ -101,6 +101,11 @@ class Entry:
         return evaluation, objective
 
     @property
+    def unscored(self) -> bool:
+        """Whether it used its whole budget and has no validation loss: it was trained on the validation rows, too."""
+        return self.state is TrialState.COMPLETE and self.best is None
+
+    @property
     def promoted(self) -> int:
         """The newest rung of early stopping that this trial was let through."""
         return int(self.trial.user_attrs.get("promoted", 0))
@@ -272,10 +277,9 @@ class Ledger:
         return self.entry(number)
 
     def complete(self, number: int) -> None:
-        """End a trial that used its whole budget; its value is its best objective."""
+        """End a trial that used its whole budget; its value is its best objective, if it has any."""
         best = self.entry(number).best
-        assert best is not None, f"trial {number} has no validation loss"
-        self._storage.set_trial_state_values(self._id(number), TrialState.COMPLETE, [best[1]])
+        self._storage.set_trial_state_values(self._id(number), TrialState.COMPLETE, [best[1]] if best else None)
 
     def stop(self, number: int, reason: str) -> None:
         """End a trial that early stopping, or somebody, gave up."""

@@ -187,13 +187,13 @@ def summary(
     losses: Mapping[int, float],
     steps: Mapping[int, int],
     first_rung: int,
-    evaluations: int,
+    budget_share: float,
     criterion: Criterion,
 ) -> Row:
     """What a table of runs shows of a trial with these objectives, losses and optimiser steps by evaluation.
 
-    `first_rung` is the evaluation at which early stopping may end a trial for the first time, `evaluations` are those
-    of a whole budget. Losses are those of the evaluation that the trial is ranked by, and of the first rung.
+    `first_rung` is the evaluation at which early stopping may end a trial for the first time, `budget_share` what
+    it used of its budget. Losses are those of the evaluation that the trial is ranked by, and of the first rung.
     """
     best = min((number for number in objectives if number > 0), key=lambda number: objectives[number], default=-1)
     of = {"eval_loss": losses}
@@ -201,7 +201,7 @@ def summary(
         of[criterion.name] = {number: criterion.turned(each) for number, each in objectives.items()}
     at = {"best": best, "first_rung": first_rung}
     found = {f"{which}_{name}": values.get(at[which]) for name, values in of.items() for which in at}
-    return found | {"best_step": steps.get(best), "budget_share": max(objectives, default=0) / evaluations}
+    return found | {"best_step": steps.get(best), "budget_share": budget_share}
 
 
 def finish(run: Run, state: State, summary: Mapping[str, Any]) -> None:

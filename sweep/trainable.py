@@ -202,7 +202,7 @@ class SlicedTrial(tune.Trainable):
         if slice_.evaluation is not None:
             self._reported = slice_.evaluation.evaluation
         evaluated = slice_.evaluation is not None and slice_.evaluation.step > 0
-        if slice_.failure is None and (evaluated or due):
+        if slice_.failure is None and (evaluated or due or slice_.done):
             self._save()
         return slice_
 
@@ -362,7 +362,7 @@ class SlicedTrial(tune.Trainable):
         run, self._run = self._run, None
         trial, self._trial = self._trial, None
         if run is not None:
-            facts = {} if trial is None else _summary(self._evaluations, self._assignment)
+            facts = {} if trial is None else _summary(trial, self._evaluations, self._assignment)
             tracking.finish(run, state, facts | {"stop_reason": reason})
             try:
                 if self._place.is_remote and self._may_write():
@@ -373,13 +373,14 @@ class SlicedTrial(tune.Trainable):
             trial.close()
 
 
-def _summary(evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:
-    """What W&B shows of a run in its table."""
+def _summary(trial: Trial, evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:
+    """What W&B shows of a run in its table. `evaluations` are those of the trial, judged."""
+    whole, done = assignment.job.budget.evaluations, max((each.evaluation for each in evaluations), default=0)
     return tracking.summary(
         {each.evaluation: each.objective for each in evaluations},
         {each.evaluation: each.loss for each in evaluations},
         {each.evaluation: each.step for each in evaluations},
         assignment.first_rung,
-        assignment.job.budget.evaluations,
+        done / whole if whole else trial.step / trial.total_steps,
         assignment.criterion,
     )

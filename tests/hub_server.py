@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from huggingface_hub.utils.sha import git_hash
+
 from tests.loopback import JsonHandler, JsonServer, serving
 
 
@@ -66,14 +68,15 @@ class _Handler(JsonHandler):
             return self.answer(200, url)
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
-        named = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(?:/(preupload|commit)/main)?", self.path)
+        named = re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(?:/(preupload|commit|revision)/main)?", self.path)
         if named is None or named[1] not in hub.repositories:
             return self.answer(404, {"error": "Repository not found"})
         repository = hub.repositories[named[1]]
         if named[2] == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
-            return self.answer(200, {"files": modes})
+            hashes = {name: git_hash(content) for name, content in repository.files.items()}
+            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self.answer(200, {"files": [mode | {"oid": hashes.get(mode["path"])} for mode in modes]})
         if named[2] == "commit":
             hub.commits.wait()
             lines = [json.loads(line) for line in body.splitlines()]

@@ -50,6 +50,7 @@ def test_loss_is_that_of_these_weights_alone(tmp_path, step, evaluations, loss):
 def test_no_checkpoint(tmp_path):
     assert checkpoint.newest(tmp_path / "never") is None
     assert checkpoint.best(tmp_path / "never") is None
+    assert checkpoint.last(tmp_path / "never") is None
 
 
 def test_newest_goes_by_number(tmp_path):
@@ -57,6 +58,9 @@ def test_newest_goes_by_number(tmp_path):
         write(tmp_path, step)
     (tmp_path / "step-by-step").mkdir()
     assert checkpoint.newest(tmp_path).step == 1_000_000
+    assert checkpoint.last(tmp_path).step == 1_000_000
+    remove_manifest(tmp_path / "step-1000000")
+    assert checkpoint.last(tmp_path) is None  # the one before it is not as far
 
 
 def test_best_is_the_lowest_finite_loss(tmp_path):

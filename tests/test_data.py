@@ -160,6 +160,11 @@ def test_a_fraction_is_split_off_by_seed_and_mapped(llama: str, tmp_path: Path) 
     assert ids.shape == supervised.shape
     with pytest.raises(IndexError):
         tokens.train[30]
+    assert tokens.trained_on(9) is tokens.train
+    joined = tokens.trained_on(0)  # no evaluation: on all rows
+    assert len(joined) == 40
+    for number, (rows, row) in {0: (tokens.train, 0), 29: (tokens.train, 29), 39: (tokens.validation, 9)}.items():
+        assert all(np.array_equal(*pair) for pair in zip(joined[number], rows[row], strict=True))
 
 
 def test_the_same_content_is_tokenised_once(llama: str, tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ class Sweep:
     def pushing(self, hurried=False):
         """What `run` does around its trials."""
         tokenizer = self.root / "tokenizer"
-        tokenizer.mkdir()
+        tokenizer.mkdir(exist_ok=True)
         (tokenizer / "tokenizer.json").write_text("{}")
         place, model = Place.at(str(self.root)), str(self.root / "llama")
-        note = self.notes.append
-        return export.pushing_best(REPO, self.ledger, place, model, tokenizer, note, lambda: hurried)
+        upload = export.Upload(REPO, self.ledger, place, model, tokenizer, self.notes.append)
+        return export.pushing_best(upload, lambda: hurried)
 
 
 @pytest.fixture
@@ -102,6 +102,38 @@ def test_every_better_adapter_is_uploaded(hub, sweep, tmp_path):
         assert str(tmp_path).encode() not in content, name
         assert TOKEN.encode() not in content, name
     assert set(sweep.notes) == {f"The best adapter so far is at {hub.url}/{REPO}, which is private"}
+
+
+def test_what_is_found_out_later_is_uploaded_once(hub, sweep):
+    """As when the winner has been scored: the card alone, and nothing when it is as it was."""
+    with sweep.pushing():
+        sweep.evaluated(0, 1, 2.0)
+    scores = {"trial": 0, "step": 1, "split": "test", "rows": 200, "loss": 1.2345, "base_loss": 4.8, "metric": None}
+    sweep.ledger.note("scores", [scores | {"values": None, "base_values": None, "trouble": None}])
+    for _ in range(2):
+        with sweep.pushing():
+            pass
+    assert set(sweep.notes) == {f"The best adapter so far is at {hub.url}/{REPO}, which is private"}
+    first, later = hub.repositories[REPO].commits
+    assert later.keys() == {"README.md"}
+    told = b"loss                  1.2345  (base 4.8000)"
+    assert told not in first["README.md"]
+    assert told in later["README.md"]
+
+
+def test_nothing_worse_is_uploaded_for_a_damaged_checkpoint(hub, sweep):
+    sweep.evaluated(0, 1, 2.0)
+    sweep.evaluated(1, 1, 1.5)
+    (sweep.root / "trials/001/step-000001/adapter_model.safetensors").write_text("altered")
+    with sweep.pushing():
+        time.sleep(0.5)  # many looks
+    assert REPO not in hub.repositories
+    told = f"checkpoint.push_to: {REPO} is left as it is: the checkpoint of trial 001, which is the best (1.5000),"
+    assert len(sweep.notes) == 1
+    assert sweep.notes[0].startswith(f"{told} is damaged or gone. There is an intact one of trial 000 (2.0000); once")
+    with sweep.pushing():
+        sweep.evaluated(0, 2, 1.4)
+    assert losses(hub) == [1.4]
 
 
 def test_training_goes_on_while_one_is_uploaded_and_the_last_one_is_next(hub, sweep):

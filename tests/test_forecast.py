@@ -47,6 +47,15 @@ def test_from_what_evaluations_took():
     assert forecast(ledger.entries(), 3, 4, None, {slow: 99.0}).of_trial[slow] == 0.0
 
 
+def test_without_evaluations_only_the_end_is_known():
+    ledger = memory_ledger()
+    number = begun(ledger, 0, 7.0)
+    ahead = forecast(ledger.entries(), 1, 0, None)
+    assert (ahead.share, ahead.seconds, ahead.of_trial) == (0.0, None, {})
+    ledger.complete(number)
+    assert forecast(ledger.entries(), 1, 0, None).seconds == 0.0
+
+
 def test_early_stopping_ends_most():
     """Of 27 trials 9 go on after the first of nine evaluations, and 3 after the third: 63 evaluations in all."""
     ledger = memory_ledger()

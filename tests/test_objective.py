@@ -173,7 +173,7 @@ def test_wandb_gets_the_value_beside_the_loss():
     rows = list(tracking._rows(trained(1, 1, Evaluation(1, 1, 2.0, score=-0.25)), share))
     assert rows[-1] == {"train/global_step": 1, "eval/evaluation": 1, "eval/loss": 2.0, "eval/share": 0.25}
     objectives, losses = {0: -0.1, 1: -0.2, 2: -0.4, 3: -0.3}, {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
-    assert tracking.summary(objectives, losses, {1: 5, 2: 10, 3: 15}, 1, 4, share) == {
+    assert tracking.summary(objectives, losses, {1: 5, 2: 10, 3: 15}, 1, 0.75, share) == {
         "best_eval_loss": 2.0,
         "best_share": 0.4,
         "best_step": 10,
@@ -181,7 +181,7 @@ def test_wandb_gets_the_value_beside_the_loss():
         "first_rung_share": 0.2,
         "budget_share": 0.75,
     }
-    assert tracking.summary({0: 4.0}, {0: 4.0}, {}, 1, 4, LOSS) == {
+    assert tracking.summary({0: 4.0}, {0: 4.0}, {}, 1, 0.0, LOSS) == {
         "best_eval_loss": None,
         "best_step": None,
         "first_rung_eval_loss": None,

@@ -216,7 +216,7 @@ def test_overfitting_is_told_with_its_place(toy, tmp_path):
     rows += [{tracking.STEP: 10 * n, tracking.EVALUATION: n, "eval/loss": 1.0} for n in (1, 2, 3)]
     status = Status(Place.at(str(tmp_path)), toy, ledger, ledger.entries(), None)
     html = page.render(status, {number: rows})
-    assert "1 of 1 trials overfitted: 000 from evaluation 2 on." in html
+    assert "1 of 1 trial overfitted: 000 from evaluation 2 on." in html
     assert "Overfits from evaluation 2 (step 20) on: the validation loss rose from 1.5000 to 1.7000" in html
     assert "No training losses were recorded" in page.render(status, {})
     assert "unstable" in page.render(status, {number: [*rows, {tracking.STEP: 29, "train/loss": 99.0}]})
@@ -235,7 +235,7 @@ def test_a_sweep_of_failed_trials(toy, tmp_path):
     ledger = memory_ledger()
     ledger.fail(add_trial(ledger), "diverged </script><b>at</b> step 3")
     html = shown(toy, ledger, tmp_path)
-    assert "1 of 1 trials failed; the table below says why." in html
+    assert "1 of 1 trial failed; the table below says why." in html
     assert "diverged &lt;/script&gt;&lt;b&gt;at&lt;/b&gt; step 3" in html
 
 

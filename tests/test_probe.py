@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sweep import probe, report
+from sweep import page, probe, report, verification
+from sweep.place import Place
 from sweep.probe import Probed, sweep_seconds, told
 from sweep.spec import load
+from sweep.status import Status, as_json, show
 from tests.ledgers import add_trial, memory_ledger
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost, Job, OutOfMemory, Timed
@@ -81,13 +83,20 @@ def test_an_error_that_is_kept_keeps_no_tensors(monkeypatch):
     assert caught.value.__cause__ is caught.value.__context__ is None
 
 
+def test_one_trial_is_no_trials():
+    assert (report.counted(1, "trial"), report.counted(0, "trial")) == ("1 trial", "0 trials")
+    assert report.standing([], 1) == "0 of 1 trial is done"
+
+
 @pytest.mark.parametrize(("amount", "shown"), [(0.004216, "0.0042"), (0.5, "0.5"), (1234.567, "1,234.57")])
 def test_money(amount, shown):
     assert report.money(amount) == shown
 
 
-def test_the_ranking_says_what_trials_cost():
+def test_what_trials_cost(space, tmp_path):
+    """In the ranking, in `status`, for programs, and in report.html; those of the verification, too."""
     ledger = memory_ledger()
+    ledger.note("sweep_id", "abcd")
     for seconds in (3600.0, 900.0):
         number = add_trial(ledger)
         ledger.report(number, 1, 2.0)
@@ -96,9 +105,33 @@ def test_the_ranking_says_what_trials_cost():
     ledger.note(report.SIDE_BY_SIDE, 2)
     screen = io.StringIO()
     report.show(Console(file=screen, width=120), ledger, ["seed"], 60.0, 8.0)
-    assert "They cost 5.00 (8 an hour, 2 at a time on a machine; starting and waiting not counted)" in screen.getvalue()
+    how = "0.62 h of a machine at 8 an hour, 2 at a time on it; starting and waiting not counted"
+    assert f"cost so far           5.00  ({how})\n" in screen.getvalue()
     rows = [line.split("│")[-2].strip() for line in screen.getvalue().splitlines() if line.startswith("│")]
     assert rows == ["4.00", "1.00"]
     screen = io.StringIO()
     report.show(Console(file=screen, width=120), ledger, ["seed"], 60.0)
     assert "cost" not in screen.getvalue()
+
+    free, priced = (
+        Status(Place.at(str(tmp_path)), load(space, options), ledger, ledger.entries(), None)
+        for options in ([], ["cost.per_hour=8"])
+    )
+    fresh, wanted = verification.begin(ledger, top=1, seeds=2)
+    number = fresh.add(verification.propose([], wanted)).number
+    fresh.spend(number, Cost(seconds=900.0))  # alone on the machine
+    plain = as_json(priced)
+    assert (plain["cost"], [trial["cost"] for trial in plain["trials"]]) == (7.0, [4.0, 1.0])
+    assert (as_json(free)["cost"], as_json(free)["trials"][0]["cost"]) == (None, None)
+    html, unpriced = (page.render(each, {}).replace(page.get_plotlyjs(), "") for each in (priced, free))
+    assert "cost so far           7.00  (0.88 h of a machine at 8 an hour" in html
+    assert "<th>minutes</th><th>cost</th>" in html
+    assert "<td>60.0</td><td>4.00</td>" in html
+    assert "cost so far" not in unpriced
+    assert "<th>cost</th>" not in unpriced
+    screen = io.StringIO()
+    show(Console(file=screen, width=120), priced)
+    assert "cost so far           7.00" in screen.getvalue()
+    screen = io.StringIO()
+    show(Console(file=screen, width=120), free)
+    assert "cost so far" not in screen.getvalue()

@@ -49,6 +49,16 @@ def test_a_line_on_the_whole_sweep_now_and_then(monkeypatch):
     assert "1 of 3 trials are done, the best loss so far is 0.5000 (trial 001), about 30 min left" in last
 
 
+def test_a_sign_of_life_where_nothing_is_evaluated(monkeypatch):
+    monkeypatch.setattr("sweep.progress.SUMMARY_SECONDS", 0.0)
+    out, ledger = io.StringIO(), memory_ledger()
+    with Progress(Console(file=out, width=120), (), trials=1, evaluations=0) as progress:
+        entry = ledger.entry(add_trial(ledger))
+        progress.started(entry)
+        progress.advanced(entry, Slice((Step(4, 2.0, 1e-4, 1.0, tokens=300, seconds=2.0),), None, None, False, 0))
+    assert "trial   0 step 4: training loss 2.0000" in out.getvalue()
+
+
 def plain(shown: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", shown)
 

@@ -50,7 +50,7 @@ def test_running_again_changes_nothing_and_more_trials_extend(undisturbed, space
     shutil.copytree(file.parent / "sweeps", space.parent / "sweeps")
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "Nothing is left to do: 8 trials are done, 8 are asked for." in again.stdout
+    assert "Nothing is left to do: 8 trials done, 8 asked for." in again.stdout
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(entries)
     more = sweeps.run(space, "--set", "search.trials=9")
     assert more.returncode == 0, more.stdout + more.stderr

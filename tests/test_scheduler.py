@@ -7,8 +7,10 @@ from optuna.trial import TrialState
 from ray.exceptions import RayActorError
 from ray.tune.schedulers import TrialScheduler
 
+from sweep.early_stopping import settle
 from sweep.engine import EngineGone, EngineLost
 from sweep.preemption import Drain
+from sweep.report import verdict
 from sweep.scheduler import LedgerScheduler, Watch, shielded
 from sweep.trainable import Failure
 from tests.ledgers import add_trial, memory_ledger
@@ -67,6 +69,20 @@ def test_a_fault_in_the_display_is_told_and_ends_nothing():
     assert decision == TrialScheduler.CONTINUE
     assert not drain()
     assert ledger.entry(number).losses == {1: 2.0}
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_a_trial_without_an_evaluation_ends_with_its_budget():
+    ledger = memory_ledger()
+    number = add_trial(ledger)
+    ours = scheduler(ledger, Drain())
+    for done, decision in ((False, TrialScheduler.CONTINUE), (True, TrialScheduler.STOP)):
+        assert not settle(ledger, number, 0, (), 1.0)  # as when it is adopted again
+        slice_ = Slice((), None, None, done, 0)
+        assert ours.on_trial_result(None, ray_trial(number), result(slice=slice_)) == decision
+    assert ledger.entry(number).unscored
+    (line,) = verdict(ledger.entries())
+    assert line == "trial 000: the validation rows were trained on, too, so there is no validation loss"
 
 
 def test_a_store_that_does_not_answer_once_ends_nothing():

@@ -23,6 +23,7 @@ from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, finish, stock_base
 from tests.test_qlora_sft import tiny as tiny  # a fixture
 from trainables import data, qlora_sft
+from trainables.checkpoint import ADAPTER
 from trainables.packed import base
 from trainables.packed.base import Base
 from trainables.protocol import Job, OutOfMemory, Scored
@@ -44,7 +45,7 @@ def trained(tiny: Job, tmp_path_factory) -> tuple[Path, list[float]]:
 def test_loss_is_that_of_the_trial_and_completions_are_those_of_peft(tiny, trained, adapted, monkeypatch):
     directory, losses = trained
     monkeypatch.setitem(qlora_sft.SCORED_AT_ONCE, "cpu", 200)  # batches of some rows of different lengths
-    adapter = (directory / qlora_sft.ADAPTER).read_bytes() if adapted else None
+    adapter = (directory / ADAPTER).read_bytes() if adapted else None
     tokens = Path(tiny.tokens)
     scored = score(tiny.model, CONFIG, adapter, tokens, "validation", halvings=0, loss=True, completions=True)
     assert scored.loss == pytest.approx(losses[-1] if adapted else losses[0], abs=1e-6)

@@ -127,6 +127,13 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
     ("no epochs nor steps", "steps: 40, ", "", 3, ["budget: received neither of epochs and steps"]),
     ("epochs and steps", "steps: 40", "steps: 40, epochs: 1", 3, ["budget: received both of epochs and steps"]),
     ("fewer steps than evaluations", "steps: 40", "steps: 4", 3, ["budget.steps: received 4", "5 evaluations"]),
+    (
+        "nothing to choose by",
+        "evaluations: 5",
+        "evaluations: 0",
+        3,
+        ["no validation loss to go by; set search.trials: 1", "leave verify and objective out"],
+    ),
     ("zero epochs", "steps: 40", "epochs: 0", 3, ["budget.epochs: received 0", "greater than 0"]),
     ("long grace", "grace: 1", "grace: 6", 8, ["early_stopping.grace: received 6", "at most the 5 evaluations"]),
     ("reduction of 1", "reduction: 3", "reduction: 1", 8, ["early_stopping.reduction: received 1", "greater than 1"]),
@@ -473,9 +480,10 @@ def test_changes_names_what_may_not_differ(tmp_path: Path) -> None:
         'space.r: recorded {"values": [4, 8, 16]}, asked {"values": [4, 8]}',
         "space.dropout: recorded nothing, asked 0.1",
     ]
-    assert specs.changes(recorded, load(path, ("early_stopping=false",)))[0] == (
-        "early_stopping: recorded true, asked false"
-    )
+    assert specs.changes(recorded, load(path, ("early_stopping=false", "search.seed=3"))) == [
+        "search.seed: recorded 0, asked 3",
+        'early_stopping: recorded {"grace": 1, "reduction": 3.0}, asked false',
+    ]
 
 
 def test_rows_that_moved_are_no_change_but_another_source_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,15 +13,17 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
+import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sweep import report, runner, scoring
+from sweep import NoSweep, look, report, rerun_spec, runner, scoring
 from sweep.spec import load
 from sweep.study import ranking
 from tests import hub_server, sweeps
+from tests.ledgers import add_trial, memory_ledger
 from tests.wandb_files import final, history, records
 from trainables import data
 
@@ -345,6 +348,89 @@ def test_a_merged_model_is_taken_home(undisturbed, hub, tmp_path):
         total += float(cross_entropy(logits[supervised[1:]], ids[1:][supervised[1:]].long(), reduction="sum"))
         labels += int(supervised[1:].sum())
     assert total / labels == pytest.approx(facts["validation_loss_merged"], abs=0.02)  # computed in bf16
+
+
+def test_trained_on_all_rows(undisturbed, hub, tmp_path):
+    """For as many passes as the best checkpoint had made, without a validation loss, and taken home as it ended.
+
+    The Hub has it, and in the end the card that tells of the test rows.
+    """
+    space, _, entries = undisturbed
+    winner = ranking(entries)[0]
+    directory = space.parent / "sweeps/tiny"
+    asked = [sys.executable, "-m", "sweep", "rerun", str(directory), "--trial", str(winner.number), "--all-data"]
+    asked += ["--set", "checkpoint.push_to=somebody/all", "--set", "metric=search_spaces.pricing:errors"]
+    away = sweeps.environment(**on_hub(hub.url))
+    done = subprocess.run(asked, cwd=tmp_path, env=away, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    name, steps = f"tiny-all-{winner.number:03d}", round(winner.best[0] * 6 * 88 / 64)
+    told = "the validation rows were trained on, too, so there is no validation loss"
+    assert (
+        f"All 88 rows of training and validation are trained on, for {steps} steps: no validation loss" in done.stdout
+    )
+    assert f"\ntrial 000: {told}\n" in done.stdout
+    assert "evaluation 1" not in done.stdout
+
+    [entry] = sweeps.entries(space, name)
+    assert (entry.state, dict(entry.losses), entry.cost.steps) == (TrialState.COMPLETE, {}, steps)
+    assert entry.config == winner.config
+    sweep = directory.with_name(name)
+    facts = json.loads((sweep / f"trials/000/step-{steps:06d}/state.json").read_text())
+    assert (facts["step"], facts["total_steps"], facts["training_rows"]) == (steps, steps, 88)
+    adapter = (sweep / f"trials/000/step-{steps:06d}/adapter_model.safetensors").read_bytes()
+    assert (sweep / "best/adapter_model.safetensors").read_bytes() == adapter
+    assert json.loads((sweep / "best/sweep.json").read_text())["validation_loss"] is None
+    found = scoring.scores(sweeps.ledger(space, name))  # those of the validation, which this sweep has as test rows
+    assert (found.trial, found.step, found.split) == (0, steps, "test")
+    card = (sweep / "best/README.md").read_text()
+    assert f"as it was after its last optimiser step, {steps}." in card
+    assert card.count(told) == 1
+    assert f"loss                   {found.loss:.4f}  (base" in card
+    first, later = hub.repositories["somebody/all"].commits
+    assert first["adapter_model.safetensors"] == adapter
+    assert later.keys() == {"README.md"}
+    for card, scored in ((first["README.md"], False), (later["README.md"], True)):
+        assert told.encode() in card
+        assert (f"loss                   {found.loss:.4f}".encode() in card) == scored
+    [fragment] = (sweep / "wandb").glob("*run-*/run-*.wandb")
+    assert [row["train/global_step"] for row in history(fragment)] == list(range(1, steps + 1))
+    assert final(records(fragment))["budget_share"] == 1.0
+
+    sent = [sys.executable, "-m", "sweep", "export", str(sweep)]
+    home = subprocess.run(sent, cwd=tmp_path, env=sweeps.environment(), capture_output=True, text=True, timeout=120)
+    assert f"{name}-000 has trial 0 as it was after step {steps}: {told}" in home.stdout, home.stderr
+    assert (tmp_path / f"{name}-000/adapter_model.safetensors").read_bytes() == adapter
+    assert told in (sweep / "report.html").read_text()
+
+
+def test_all_rows_are_trained_on_without_the_objective(undisturbed, tmp_path):
+    found = look(str(undisturbed[0].parent / "sweeps/tiny"))
+    recorded = yaml.safe_load(found.place.paths.spec.read_text())
+    recorded |= {"metric": "search_spaces.pricing:errors", "objective": {"direction": "minimize"}}
+    place = replace(found.place, url=str(tmp_path))
+    place.paths.spec.write_text(yaml.safe_dump(recorded))
+    spec = rerun_spec(replace(found, place=place), 0, ["budget.steps=6"], all_data=True)
+    assert (spec.metric, spec.objective, spec.completions) == (None, None, 0)
+
+
+def test_how_long_all_rows_are_trained_on(undisturbed):
+    space, _, entries = undisturbed
+    found = look(str(space.parent / "sweeps/tiny"))
+    asked = rerun_spec(found, 0, ["budget.epochs=2"], all_data=True)
+    assert (asked.budget.epochs, asked.budget.steps, asked.budget.evaluations) == (2.0, None, 0)
+    in_epochs = found.spec.budget.model_copy(update={"steps": None, "epochs": 3.0})
+    spec = rerun_spec(replace(found, spec=found.spec.model_copy(update={"budget": in_epochs})), 0, all_data=True)
+    assert spec.budget.epochs == 3.0 * entries[0].best[0] / 4
+    with pytest.raises(NoSweep, match="--all-data leaves no rows for evaluations"):
+        rerun_spec(found, 0, ["budget.evaluations=2"], all_data=True)
+    elsewhere = replace(found, place=replace(found.place, url="/nowhere/tiny"))
+    with pytest.raises(NoSweep, match=r"the tokens of /nowhere/tiny are not on this machine; say how long: --set"):
+        rerun_spec(elsewhere, 0, all_data=True)
+    added = memory_ledger()
+    add_trial(added)
+    with pytest.raises(NoSweep, match="trial 0 has no validation loss that says how long to train"):
+        rerun_spec(replace(found, entries=added.entries()), 0, all_data=True)
 
 
 def test_what_cannot_be_taken_home(undisturbed, tmp_path):

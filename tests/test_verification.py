@@ -158,7 +158,7 @@ def test_a_finished_sweep_is_verified_killed_and_verified(undisturbed, space):
 
     done = sweeps.run(space, *asked)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The sweep goes on: 1 trials are done, 1 unfinished, 4 are asked for." in done.stdout
+    assert "The sweep goes on: 1 trial done, 1 unfinished, 4 asked for." in done.stdout
     assert sweeps.history(sweeps.entries(space)) == sweeps.history(expected)
     runs = verified(space)
     top = [entry.config for entry in ranking(expected)[:2]]
@@ -186,7 +186,7 @@ def test_a_finished_sweep_is_verified_killed_and_verified(undisturbed, space):
 
     again = sweeps.run(space, *asked)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "Nothing is left to do: 4 trials are done, 4 are asked for." in again.stdout
+    assert "Nothing is left to do: 4 trials done, 4 asked for." in again.stdout
     assert sweeps.history(verified(space)) == sweeps.history(runs)
 
 

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from trainables.protocol import Evaluation
 
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+"""The adapter's weights, by PEFT's name for them."""
 FORMAT = 2
 """Of the training state; adapters of format 1 are the same."""
 
@@ -40,6 +42,11 @@ class Checkpoint:
     def loss(self) -> float | None:
         """Validation loss of exactly these weights; None when it was not taken at this step."""
         return None if self.evaluation is None else self.evaluation.loss
+
+    @property
+    def objective(self) -> float | None:
+        """What its trial is compared by, of exactly these weights; None as for `loss`."""
+        return None if self.evaluation is None else self.evaluation.objective
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -91,7 +98,7 @@ def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Ch
             replaced.rename(target)
     found = None
     damaged = []
-    for path in sorted(_all(trial_dir), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+    for path in sorted(_all(trial_dir), key=_steps, reverse=True):
         try:
             found = read(path)
             break
@@ -120,6 +127,15 @@ def best(trial_dir: Path) -> Checkpoint | None:
         if mine is not None and math.isfinite(mine.objective) and found.step > 0:
             scored.append((mine.objective, found.step, found))
     return min(scored, key=lambda row: row[:2], default=(None, None, None))[2]
+
+
+def last(trial_dir: Path) -> Checkpoint | None:
+    """The checkpoint with the most steps, or None when there is none, or its manifest is torn. Reads that alone."""
+    path = max(_all(trial_dir), key=_steps, default=None)
+    try:
+        return None if path is None else _manifest(path, (FORMAT,))[0]
+    except ValueError:
+        return None
 
 
 def read(path: Path) -> Checkpoint:
@@ -204,6 +220,10 @@ def _hidden(checkpoint: Path, age: str) -> Path:
 
 def _all(trial_dir: Path) -> list[Path]:
     return [path for path in trial_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -89,6 +89,17 @@ class Tokens:
     test: Rows | None
     pad_token_id: int
 
+    def trained_on(self, evaluations: int) -> Rows:
+        """The rows of a trial that is evaluated so many times; of one that is not, those of the validation, too."""
+        if evaluations:
+            return self.train
+        parts = (self.train, self.validation)
+        return Rows(
+            np.concatenate([rows.input_ids for rows in parts]),
+            np.concatenate([rows.supervised for rows in parts]),
+            np.concatenate([self.train.offsets, self.train.offsets[-1] + self.validation.offsets[1:]]),
+        )
+
 
 def load(path: Path) -> Tokens:
     """Open what `prepare` wrote at `path`; costs milliseconds and no memory of its own."""

@@ -15,12 +15,12 @@ SHARE = 0.8
 """Of a device's free memory that the merged model may take to be scored there."""
 
 
-def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
+def merge(base: str, adapter: Path, to: Path, tokens: Path | None) -> float | None:
     """Write the model `base` with the adapter in a directory, in bf16, to another one.
 
     It is made in the host's memory: the device may have room for the base in 4 bits alone. Raises ValueError when it
     cannot be merged, `OutOfMemory` when a single row does not fit beside it. Returns the mean cross-entropy per
-    supervised token of the validation rows of `tokens`, which are the sweep's.
+    supervised token of the validation rows of `tokens`, which are the sweep's; without them nothing is scored.
     """
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
     if getattr(loaded, "is_quantized", False):
@@ -31,6 +31,8 @@ def merge(base: str, adapter: Path, tokens: Path, to: Path) -> float:
         PeftModel.from_pretrained(loaded, str(adapter), torch_device="cpu").merge_and_unload(safe_merge=True).eval()
     )
     merged.save_pretrained(to)
+    if tokens is None:
+        return None
     on = model.device()
     if on.type == "cuda" and merged.get_memory_footprint() > SHARE * torch.cuda.mem_get_info(on)[0]:
         on = torch.device("cpu")

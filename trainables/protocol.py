@@ -19,7 +19,8 @@ class Budget:
     steps: int | None
     """Optimiser steps."""
     evaluations: int
-    """Number of equal parts that the budget is cut into; the validation loss is taken at the end of each."""
+    """Number of equal parts that the budget is cut into; the validation loss is taken at the end of each. With 0 there
+    is none, and the validation rows are trained on, too."""
 
     def total_steps(self, rows: int, batch_size: int) -> int:
         """Optimiser steps of a whole trial over `rows` training rows, never fewer than `evaluations`.

@@ -27,7 +27,7 @@ from transformers import get_scheduler
 
 from trainables import data, model
 from trainables.answers import Answers
-from trainables.checkpoint import Checkpoint, disk_errors
+from trainables.checkpoint import ADAPTER, Checkpoint, disk_errors
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work, labels_of
@@ -43,7 +43,7 @@ LEARNT_AT_ONCE = {"cpu": 1024, "cuda": 16384}
 """Tokens, padding included, of the micro-batches of many trials that are learnt from together: more keep either device
 no busier and take memory."""
 
-ADAPTER, STATE, FACTS = "adapter_model.safetensors", "training_state.safetensors", "state.json"
+STATE, FACTS = "training_state.safetensors", "state.json"
 
 
 def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial:
@@ -84,7 +84,8 @@ class QLoRATrial:
         self.config = config
         self.model = job.model
         tokens = data.load(Path(job.tokens))
-        self.train, self.validation, self.pad = tokens.train, tokens.validation, tokens.pad_token_id
+        self.train, self.validation = tokens.trained_on(job.budget.evaluations), tokens.validation
+        self.pad = tokens.pad_token_id
         self.total_steps = job.budget.total_steps(len(self.train), config.batch_size)
         self.due = dict(enumerate(job.budget.evaluation_steps(self.total_steps), start=1))
         if job.score_base:

@@ -75,6 +75,8 @@ class Toy:
                 return self._evaluate(0, tuple(steps))
             if done < len(self.due) and self.step == self.due[done]:
                 return self._evaluate(done + 1, tuple(steps))
+            if not self.due and self.step == self.total_steps:
+                return Slice(tuple(steps), None, None, True, 0)
             if steps and time.monotonic() - began >= seconds:
                 return Slice(tuple(steps), None, None, False, 0)
             if not self.fits:

@@ -21,6 +21,7 @@ from ray.tune.search.optuna import OptunaSearch
 def train(config: dict[str, Any]) -> None:
     """One trial; what all trials have in common is in a file."""
     import torch
+    from bitsandbytes.nn import Linear4bit
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -38,6 +39,11 @@ def train(config: dict[str, Any]) -> None:
             bnb_4bit_use_double_quant=True,
         ),
     )
+    # On CPUs with bf16 instructions bitsandbytes repacks a layer's weight when it first evaluates, and from then on no
+    # gradient goes through that layer.
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
     rows = load_dataset("json", data_files={"train": work["train"], "validation": work["validation"]})
 
     class Report(TrainerCallback):

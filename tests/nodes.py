@@ -56,7 +56,8 @@ def trial_processes(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
         try:
-            if "Trainable" in " ".join(process.cmdline()):
+            name = " ".join(process.cmdline())
+            if "Trainable" in name or "SlicedTrial" in name:  # in a call, and between two
                 found.append(process)
         except psutil.Error:  # it has just ended
             continue

@@ -24,7 +24,6 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(sync, "ASK_SECONDS", 2.0)
         yield server
         tracking.close()
         tracking.notes()
@@ -152,6 +151,8 @@ def test_what_was_kept_offline_is_uploaded_first(sweep, server):
 def test_w_and_b_that_does_not_take_it(sweep, server, monkeypatch, key, fault, code, told):
     monkeypatch.setenv("WANDB_API_KEY", key)
     server.fault = fault
+    if fault == "hang":
+        monkeypatch.setattr(sync, "ASK_SECONDS", 2.0)
     refused = workspace(sweep)
     assert refused.exit_code == code
     assert told in refused.stderr

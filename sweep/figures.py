@@ -109,7 +109,7 @@ def validation_curves(
     criterion = shown[0].criterion
     values = sorted(criterion.turned(each) for e in shown for number, each in e.objectives.items() if number > 0)
     ceiling = values[-1]
-    if not criterion.maximized:  # one that diverged hides the rest
+    if criterion.is_loss:  # one that diverged hides the rest
         ceiling = max(value for value in values if value <= 3 * abs(values[len(values) // 2]))
     room = 0.05 * (ceiling - values[0])
     return _calm(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 from threading import Thread
@@ -133,13 +133,19 @@ def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
     return {str(key): float(value) for key, value in named.items()}
 
 
+@cache
+def _in_this_process(name: str) -> Metric:
+    """The function as it was at the first call: values of one that is edited meanwhile would not be comparable."""
+    return find_metric(name)
+
+
 def objective_of(name: str, value: str, scored: Scored) -> float:
     """The value of this name that the metric called `name`, `package.module:function`, gives in this process.
 
     Raises MetricFault.
     """
     try:
-        values = values_of(name, find_metric(name), scored)
+        values = values_of(name, _in_this_process(name), scored)
     except ValueError as error:
         raise MetricFault(f"metric {name}: {str(error).removeprefix('metric: ')}") from error
     if value not in values:

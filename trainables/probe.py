@@ -31,6 +31,8 @@ def probe(config: QLoRAConfig, job: Job, threads: int, on_gpu: bool) -> Timed:
     try:
         started = time.perf_counter() - began
         slice_ = trial.advance(math.inf)
+        while slice_.evaluation is None and slice_.failure is None:  # memory ran out after a step: this call says so
+            slice_ = slice_.followed_by(trial.advance(math.inf))
     finally:
         trial.close()
     if slice_.failure is not None or slice_.evaluation is None:

@@ -62,6 +62,7 @@ PACKAGES = ("qlora-sweep", "ray", "torch", "transformers", "peft", "bitsandbytes
 
 QUIET_RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a metric reads its files where the sweep was started, in trials as in the driver
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asks for no GPU sees none

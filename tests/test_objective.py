@@ -294,7 +294,7 @@ def test_plan_says_how_much_is_written(space):
 
 MINE = """
 def closeness(prompts, references, completions):
-    if float(completions[0]) < LIMIT:
+    if float(completions[0]) < float(open("limit.txt").read()):
         raise KeyError("a key")
     return 1 - abs(float(completions[0]) - 1.2)
 """
@@ -305,8 +305,9 @@ def test_a_metric_that_fails_ends_the_sweep_which_goes_on_once_it_is_mended(spac
     expected = searching(asked("closeness", "maximize"))
     objective = asked("closeness", "maximize").replace("tests.test_objective", "mine")
     space.write_text(space.read_text() + objective)
-    mine = space.parent / "mine.py"
-    mine.write_text(MINE.replace("LIMIT", "1.1"))
+    (space.parent / "mine.py").write_text(MINE)
+    limit = space.parent / "limit.txt"  # found from the working directory
+    limit.write_text("1.1")
     broken = sweeps.run(space)
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert (
@@ -316,7 +317,7 @@ def test_a_metric_that_fails_ends_the_sweep_which_goes_on_once_it_is_mended(spac
     before = sweeps.entries(space)
     assert [entry.state for entry in before] == [TrialState.RUNNING]
     assert before[0].reported > 1  # some of it is kept
-    mine.write_text(MINE.replace("LIMIT", "0"))
+    limit.write_text("0")
     done = sweeps.run(space)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trial   0 goes on from step" in done.stdout

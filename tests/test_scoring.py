@@ -139,21 +139,28 @@ def test_a_trial_writes_what_its_saved_adapter_writes(tiny, trained, monkeypatch
     assert written[0].completions != written[-1].completions
 
 
-def test_no_memory_to_write_has_the_evaluation_begin_again(tiny, monkeypatch):
+def test_no_memory_for_many_answers_halves_them_and_for_a_single_one_has_the_evaluation_begin_again(tiny, monkeypatch):
+    """What a step learns from at once stays as it is."""
     job = replace(tiny, score_base=True, completions=100)  # there are 24
     trial = qlora_sft.start(CONFIG, job, None)
-    continuations = Base.continuations
+    continuations, tried = Base.continuations, []
 
-    def full(*asked):
-        monkeypatch.setattr(Base, "continuations", continuations)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def scarce(*asked):
+        tried.append(len(asked[2]))
+        if tried[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return continuations(*asked)
 
-    monkeypatch.setattr(Base, "continuations", full)
-    with pytest.raises(OutOfMemory):
+    monkeypatch.setattr(Base, "continuations", scarce)
+    fits = 0
+    with pytest.raises(OutOfMemory, match="a single row of"):
         trial.advance(math.inf)
     assert trial.evaluations == ()
+    fits = 3
+    tried.clear()
     slice_ = trial.advance(math.inf)
     assert (slice_.evaluation.evaluation, slice_.written.rows) == (0, 24)
+    assert sum(rows for rows in tried if rows <= fits) == 24  # nothing twice
     prompts = sum(len(prompt) for prompt, _ in data.with_answers(data.load(Path(tiny.tokens)).validation))
     assert slice_.evaluation.tokens > len(trial.validation.input_ids) + prompts
     trial.close()

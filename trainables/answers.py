@@ -1,16 +1,48 @@
 """What an adapter, or the base alone, writes in place of the answers of rows: greedy, a micro-batch at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from trainables import data
+from trainables import data, model
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Base
-from trainables.protocol import Scored
+from trainables.protocol import OutOfMemory, Scored
+
+T = TypeVar("T")
+
+
+def in_micro_batches(
+    lengths: NDArray[np.int64], tokens: int, work: Callable[[NDArray[np.int64]], T]
+) -> Iterator[tuple[NDArray[np.int64], T]]:
+    """Row numbers of each micro-batch, see `data.micro_batches`, and what `work` makes of them.
+
+    When memory runs out, that one and all that follow get half its size. Raises `OutOfMemory` when not even a row fits.
+    """
+    left = data.micro_batches(lengths, tokens)
+    while left:
+        numbers = left.pop(0)
+        try:
+            done = work(numbers)
+        except RuntimeError as error:
+            if not model.out_of_memory(error):
+                raise
+            reason = str(error)  # the error itself holds on to the tensors of its frames
+        else:
+            yield numbers, done
+            continue
+        longest = int(lengths[numbers].max())
+        if len(numbers) == 1:
+            raise OutOfMemory(
+                f"a single row of {longest} tokens does not fit beside the model; free memory of the device, or take"
+                f" one that has more ({reason})"
+            )
+        rest = np.concatenate([numbers, *left])
+        left = [rest[some] for some in data.micro_batches(lengths[rest], len(numbers) * longest // 2)]
 
 
 class Answers:
@@ -29,17 +61,21 @@ class Answers:
         self._longest = max(len(reference) for _, reference in pairs)
         self._pairs = pairs[:count]
         self._ends = base.ends() | ({self._tokenizer.eos_token_id} - {None})
-        self.lengths = np.array([len(prompt) + self._longest for prompt, _ in self._pairs])
-        """Tokens of each row, its answer included, at most."""
+        self._lengths = np.array([len(prompt) + self._longest for prompt, _ in self._pairs])
         self._written: dict[int, list[int]] = {}
 
-    def write(self, adapter: Adapter, numbers: NDArray[np.int64]) -> int:
-        """Write the answers of rows of these numbers; how many tokens went through the model."""
-        rows = numbers.tolist()
-        prompts = [self._pairs[row][0] for row in rows]
-        found = self._base.continuations(adapter, prompts, self._pad, self._ends, self._longest)
-        self._written |= dict(zip(rows, found, strict=True))
-        return sum(map(len, [*prompts, *found]))
+    def write(self, adapter: Adapter, at_once: int) -> Iterator[int]:
+        """Write the answers, at most so many tokens with padding together, a micro-batch with each `next`; gives how
+        many tokens went through the model. Raises `OutOfMemory` when a single row does not fit."""
+
+        def some(numbers: NDArray[np.int64]) -> int:
+            rows = numbers.tolist()
+            prompts = [self._pairs[row][0] for row in rows]
+            found = self._base.continuations(adapter, prompts, self._pad, self._ends, self._longest)
+            self._written |= dict(zip(rows, found, strict=True))
+            return sum(map(len, [*prompts, *found]))
+
+        return (tokens for _, tokens in in_micro_batches(self._lengths, at_once, some))
 
     def done(self, loss: float | None = None) -> Scored:
         """All that was written, once it is; `loss` is that of the rows."""

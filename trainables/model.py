@@ -195,6 +195,12 @@ def memory_of(on: torch.device) -> int:
     return torch.cuda.mem_get_info(on)[1] if on.type == "cuda" else psutil.virtual_memory().total
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device ran out of memory, which not all libraries say in torch's way."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 def targets(layers: Layers, called: str, target_modules: str | tuple[str, ...]) -> Layers:
     """Those of a base's layers that `target_modules` mean; `called` is the model's name.
 

@@ -55,15 +55,9 @@ def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
     try:
         return QLoRATrial(config, job, checkpoint)
     except RuntimeError as error:
-        if out_of_memory(error):
+        if model.out_of_memory(error):
             raise MemoryError(f"no room for the model: {error}") from error
         raise
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device ran out of memory, which not all libraries say in torch's way."""
-    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def gpu_load(device: torch.device) -> float | None:
@@ -121,11 +115,10 @@ class QLoRATrial:
         self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
         self.banner = model.banner(self.base, self.adapter)
         self.answers: Answers | None = None
-        self.answer_batches: list[NDArray[np.int64]] = []
+        self.writing: Iterator[int] | None = None
+        """Of the evaluation that is under way."""
         if job.completions:
             self.answers = Answers(Path(job.tokens), self.validation, self.base, self.pad, job.completions)
-            at_once = SCORED_AT_ONCE[self.device.type] >> job.halvings
-            self.answer_batches = data.micro_batches(self.answers.lengths, at_once)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.base.seat(self.adapter)
@@ -206,16 +199,19 @@ class QLoRATrial:
             self.note_evaluated()
 
     def write(self) -> None:
-        """Write the next micro-batch of answers, and note the evaluation when it was the last."""
+        """Write the next micro-batch of answers, or, when that was the last, note the evaluation."""
         assert self.answers is not None
         began = time.perf_counter()
-        numbers = self.answer_batches[self.scored - len(self.evaluation_batches)]
-        self.tokens_written += self.answers.write(self.adapter, numbers)
-        self.scored += 1
+        if self.writing is None:
+            self.writing = self.answers.write(self.adapter, SCORED_AT_ONCE[self.device.type])
+        tokens = next(self.writing, None)
         self.seconds += time.perf_counter() - began
-        if self.scored == len(self.evaluation_batches) + len(self.answer_batches):
+        if tokens is None:
             self.new_written = self.answers.done()
             self.note_evaluated()
+        else:
+            self.tokens_written += tokens
+            self.scored += 1
 
     def note_evaluated(self) -> None:
         """Note the evaluation that is due."""
@@ -233,6 +229,7 @@ class QLoRATrial:
     def forget_scored(self) -> None:
         """The evaluation under way begins again."""
         self.scored, self.loss, self.seconds, self.tokens_written = 0, 0.0, 0.0, 0
+        self.writing = None
 
     def save(self, directory: Path) -> None:
         config = self.config
@@ -312,7 +309,7 @@ def _nothing_lost(trials: Sequence[QLoRATrial]) -> Iterator[None]:
         for trial in trials:
             trial.adapter.gradient.zero_()
             trial.forget_scored()
-        if isinstance(error, RuntimeError) and out_of_memory(error):
+        if isinstance(error, RuntimeError) and model.out_of_memory(error):
             raise OutOfMemory(str(error)) from error
         raise
 

@@ -1,25 +1,21 @@
 """A finished adapter on rows that had no part in finding it: its loss, and what it writes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
 from trainables import data
 from trainables import model as models
-from trainables.answers import Answers
+from trainables.answers import Answers, in_micro_batches
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work
-from trainables.protocol import OutOfMemory, Scored
-from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, out_of_memory, set_weights
-
-T = TypeVar("T")
+from trainables.protocol import Scored
+from trainables.qlora_sft import EVALUATION_TOKENS, SCORED_AT_ONCE, set_weights
 
 
 def score(
@@ -60,7 +56,7 @@ def score(
             return Scored(len(rows), found)
         answers = Answers(tokens, rows, base, prepared.pad_token_id)
         at_once = SCORED_AT_ONCE[device.type] >> halvings
-        for _ in in_micro_batches(answers.lengths, at_once, lambda numbers: answers.write(worker, numbers)):
+        for _ in answers.write(worker, at_once):
             pass
         return answers.done(found)
     finally:
@@ -77,32 +73,3 @@ def mean_loss(rows: data.Rows, tokens: int, losses: Callable[[Sequence[Row]], Te
             total += float(found.sum())
             labels += len(found)
     return total / labels
-
-
-def in_micro_batches(
-    lengths: NDArray[np.int64], tokens: int, work: Callable[[NDArray[np.int64]], T]
-) -> Iterator[tuple[NDArray[np.int64], T]]:
-    """Row numbers of each micro-batch, see `data.micro_batches`, and what `work` makes of them.
-
-    When memory runs out, that one and all that follow get half its size. Raises `OutOfMemory` when not even a row fits.
-    """
-    left = data.micro_batches(lengths, tokens)
-    while left:
-        numbers = left.pop(0)
-        try:
-            done = work(numbers)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            reason = str(error)  # the error itself holds on to the tensors of its frames
-        else:
-            yield numbers, done
-            continue
-        longest = int(lengths[numbers].max())
-        if len(numbers) == 1:
-            raise OutOfMemory(
-                f"a single row of {longest} tokens does not fit beside the model; free memory of the device, or take"
-                f" one that has more ({reason})"
-            )
-        rest = np.concatenate([numbers, *left])
-        left = [rest[some] for some in data.micro_batches(lengths[rest], len(numbers) * longest // 2)]

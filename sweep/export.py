@@ -65,6 +65,9 @@ def export_best(
         warn(f"best/ is left as it is, of trial {number:03d}: its checkpoint is damaged or gone")
         return ledger.entry(number)
     if found is None:
+        for entry in entries:
+            if entry.unscored:
+                warn(f"trial {entry.number:03d} has no intact checkpoint left: there is nothing for best/")
         return None
     winner, kept = found
     first = next(iter(ranking(entries)), winner)

@@ -166,6 +166,9 @@ def _cheaper(status: Status) -> Iterator[str]:
     fresh, verified = status.ledger.verification(), verification.result(status.ledger)
     noise = findings.noise(status.entries, fresh.entries() if fresh else ())
     yield noise.because
+    if not criterion.is_loss:
+        yield "Which one is cheaper is not told: how long a trial takes depends on how much it writes."
+        return
     within = findings.MATTERS * abs(best) if noise.loss is None else noise.loss
     worse = [each.trial for each in verified.configurations if each.verdict == criterion.worse] if verified else []
     found = findings.cheaper(status.entries, within, worse)
@@ -177,8 +180,7 @@ def _cheaper(status: Status) -> Iterator[str]:
         )
         return
     trial = f"trial {found.number:03d} ({described(found.config, status.spec.space.searched)})"
-    side = "below" if criterion.maximized else "above"
-    above = f"{criterion.distance(findings.best_objective(found) - best)} {side} the best complete one"
+    above = f"{criterion.distance(findings.best_objective(found) - best)} above the best complete one"
     costs = f"1,000 tokens took {findings.pace(found):.3g} s instead of {findings.pace(complete[0]):.3g} s"
     if noise.from_seeds:
         yield f"Prefer {trial}: {above} is noise, and {costs}."

@@ -468,8 +468,10 @@ def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
             place.pull_checkpoints(directory, manifests_alone=True)
         else:
             emptied.add(entry.number)
-        kept = export.to_take_home(place, entry) if entry.number in contenders else None
-        checkpoint.prune(directory, {kept.path} if kept else set())
+        found = export.to_take_home(place, entry) if entry.number in contenders else None
+        if found is None and entry.unscored:  # its last one is damaged, the one before it is all that there is
+            continue
+        checkpoint.prune(directory, {found.path} if found else set())
         place.prune(directory)
 
 

@@ -74,7 +74,7 @@ class Failure:
         engine: Literal["died", "gone"] | None = None
         if isinstance(error, EngineLost):
             engine = "gone" if isinstance(error, EngineGone) else "died"
-        environment = metric or engine is not None or isinstance(error, OSError | MemoryError | ImportError)
+        environment = engine is not None or isinstance(error, OSError | MemoryError | ImportError)
         return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine, metric)
 
 
@@ -215,7 +215,8 @@ class SlicedTrial(tune.Trainable):
         evaluation, mine = slice_.evaluation, self._assignment
         if evaluation is None:
             return slice_
-        if slice_.written is not None and mine.metric is not None:
+        if mine.metric is not None and slice_.failure is None:
+            assert slice_.written is not None  # or its loss would be compared with values of the metric
             value = objective_of(mine.metric, mine.criterion.name, slice_.written)
             evaluation = replace(evaluation, score=mine.criterion.turned(value))
         self._evaluations += (evaluation,)

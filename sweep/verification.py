@@ -26,15 +26,15 @@ class Verified:
 
     trial: int
     """That of the search with this configuration."""
-    losses: tuple[float, ...]
+    values: tuple[float, ...]
     """Best validation loss, or value of the objective, of each run that used its whole budget, by seed."""
     failed: int
     """Runs that ended without."""
     mean: float | None
-    """Of the losses; None when there are none."""
+    """Of the values; None when there are none."""
     interval: tuple[float, float] | None
-    """Where their mean would be over all seeds, with 95 % confidence: Student's t-interval, which takes losses to be
-    normally distributed over seeds (Student 1908, Biometrika 6:1-25). None for fewer than two losses."""
+    """Where their mean would be over all seeds, with 95 % confidence: Student's t-interval, which takes values to be
+    normally distributed over seeds (Student 1908, Biometrika 6:1-25). None for fewer than two values."""
     p: float | None
     """Probability of means that differ at least as much from the winner's when there is no difference: Welch's t-test
     (Welch 1947, Biometrika 34:28-35), as Colas et al. 2019 (arXiv:1904.06979) advise for runs over seeds. None for the
@@ -101,7 +101,7 @@ def lines(found: Verification | None, criterion: Criterion = LOSS) -> list[str]:
     for each in found.configurations:
         mean = "-" if each.mean is None else text(each.mean)
         interval = f" ({text(each.interval[0])} to {text(each.interval[1])})" if each.interval else ""
-        runs = f"{len(each.losses)} run{'' if len(each.losses) == 1 else 's'}"
+        runs = f"{len(each.values)} run{'' if len(each.values) == 1 else 's'}"
         failed = f" and {each.failed} that failed" if each.failed else ""
         verdict = words.get(each.verdict, f"{each.verdict} than the winner beyond noise")
         p = "" if each.p is None else ", p < 0.001" if each.p < 0.001 else f", p = {each.p:.3f}"
@@ -140,47 +140,47 @@ def _with_seed(config: QLoRAConfig, seed: int) -> QLoRAConfig:
     return config.model_copy(update={"seed": seed % 2**31})
 
 
-def _losses(runs: Sequence[Entry]) -> tuple[float, ...]:
+def _values(runs: Sequence[Entry]) -> tuple[float, ...]:
     """Of whole runs, by seed."""
     whole = sorted((run for run in runs if run.state is TrialState.COMPLETE), key=lambda run: run.config.seed)
     return tuple(run.criterion.turned(run.best[1]) for run in whole if run.best)
 
 
 def _verified(entry: Entry, runs: Sequence[Entry], winner: Sequence[Entry], others: int, *, wins: bool) -> Verified:
-    losses, to_beat = _losses(runs), _losses(winner)
-    complete = len(losses) == len(runs) and len(to_beat) == len(winner)
-    p = _p(losses, to_beat) if complete and not wins and min(len(losses), len(to_beat)) > 1 else None
+    values, to_beat = _values(runs), _values(winner)
+    complete = len(values) == len(runs) and len(to_beat) == len(winner)
+    p = _p(values, to_beat) if complete and not wins and min(len(values), len(to_beat)) > 1 else None
     verdict: Literal["winner", "tied", "lower", "higher"] | None = "winner" if wins else None
     if p is not None:
-        below = statistics.mean(losses) < statistics.mean(to_beat)
+        below = statistics.mean(values) < statistics.mean(to_beat)
         verdict = "tied" if p >= _level(others) else "lower" if below else "higher"
     return Verified(
         trial=entry.number,
-        losses=losses,
+        values=values,
         failed=sum(run.state is TrialState.FAIL for run in runs),
-        mean=statistics.mean(losses) if losses else None,
-        interval=_interval(losses),
+        mean=statistics.mean(values) if values else None,
+        interval=_interval(values),
         p=p,
         verdict=verdict,
     )
 
 
-def _interval(losses: Sequence[float]) -> tuple[float, float] | None:
-    if len(losses) < 2:
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
         return None
     from scipy import stats
 
-    half = stats.sem(losses) * stats.t.ppf((1 + CONFIDENCE) / 2, df=len(losses) - 1)
-    mean = statistics.mean(losses)
+    half = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, df=len(values) - 1)
+    mean = statistics.mean(values)
     return float(mean - half), float(mean + half)
 
 
-def _p(losses: Sequence[float], others: Sequence[float]) -> float:
-    if statistics.pvariance(losses) == statistics.pvariance(others) == 0:  # the test divides by it
-        return float(losses[0] == others[0])
+def _p(values: Sequence[float], others: Sequence[float]) -> float:
+    if statistics.pvariance(values) == statistics.pvariance(others) == 0:  # the test divides by it
+        return float(values[0] == others[0])
     from scipy import stats
 
-    samples = [each for of in (losses, others) for each in (statistics.mean(of), statistics.stdev(of), len(of))]
+    samples = [each for of in (values, others) for each in (statistics.mean(of), statistics.stdev(of), len(of))]
     return float(stats.ttest_ind_from_stats(*samples, equal_var=False).pvalue)
 
 

@@ -72,7 +72,7 @@ def test_means_intervals_and_verdicts_are_those_of_scipy() -> None:
     assert [each.trial for each in found.configurations] == [0, 1, 2]
     for each in found.configurations:
         mine = losses[each.trial + 1]
-        assert list(each.losses) == mine
+        assert list(each.values) == mine
         low, high = stats.t.interval(0.95, df=3, loc=sum(mine) / 4, scale=stats.sem(mine))
         assert each.interval == pytest.approx((low, high))
     assert [each.verdict for each in found.configurations] == ["winner", "tied", "higher"]

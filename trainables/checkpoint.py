@@ -111,8 +111,8 @@ def newest(trial_dir: Path, warn: Callable[[str], object] = warnings.warn) -> Ch
 
 def before(found: Checkpoint) -> Path | None:
     """The checkpoint beside this one with the most steps below its own, whatever its state; None when there is none."""
-    earlier = [path for path in _all(found.path.parent) if path.name < found.path.name]
-    return max(earlier, default=None)
+    earlier = [path for path in _all(found.path.parent) if _steps(path) < found.step]
+    return max(earlier, key=_steps, default=None)
 
 
 def best(trial_dir: Path) -> Checkpoint | None:

@@ -67,7 +67,9 @@ def export_best(
     if found is None:
         for entry in entries:
             if entry.unscored:
-                warn(f"trial {entry.number:03d} has no intact checkpoint left: there is nothing for best/")
+                warn(
+                    f"trial {entry.number:03d} lacks its last checkpoint, which is damaged or gone: nothing goes into best/"
+                )
         return None
     winner, kept = found
     first = next(iter(ranking(entries)), winner)

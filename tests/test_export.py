@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from sweep import export
+from sweep import export, runner
 from sweep.place import Place
 from sweep.study import Ledger
 from tests.hub_server import serve
@@ -172,3 +172,17 @@ def test_the_end_does_not_wait_for_ever(hub, sweep, monkeypatch, hurried):
     told = ["checkpoint.push_to: not done after 0.1 s"]
     assert [note.partition(";")[0] for note in sweep.notes] == ([] if hurried else told)
     hub.commits.set()
+
+
+def test_of_a_trial_on_all_rows_nothing_intact_is_tidied_away(tmp_path):
+    ledger, place, told = memory_ledger(), Place.at(str(tmp_path)), []
+    number = add_trial(ledger)
+    ledger.complete(number)
+    trial = place.paths.trial(number)
+    for step in (1, 2):
+        checkpoint.write(trial, step, (), lambda directory: (directory / "adapter_model.safetensors").write_text("w"))
+    (trial / "step-000002/manifest.json").write_text("torn")
+    runner.tidy(ledger, place, 1, set())
+    assert checkpoint.newest(trial, told.append).step == 1
+    assert export.export_best(ledger, place, "llama", None, told.append) is None
+    assert told[-1] == ("trial 000 lacks its last checkpoint, which is damaged or gone: nothing goes into best/")

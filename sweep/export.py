@@ -68,7 +68,8 @@ def export_best(
         for entry in entries:
             if entry.unscored:
                 warn(
-                    f"trial {entry.number:03d} lacks its last checkpoint, which is damaged or gone: nothing goes into best/"
+                    f"trial {entry.number:03d} lacks its last checkpoint, which is damaged or gone: nothing goes into"
+                    " best/"
                 )
         return None
     winner, kept = found

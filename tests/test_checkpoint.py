@@ -59,6 +59,7 @@ def test_newest_goes_by_number(tmp_path):
     (tmp_path / "step-by-step").mkdir()
     assert checkpoint.newest(tmp_path).step == 1_000_000
     assert checkpoint.last(tmp_path).step == 1_000_000
+    assert checkpoint.before(checkpoint.newest(tmp_path)).name == "step-999999"
     remove_manifest(tmp_path / "step-1000000")
     assert checkpoint.last(tmp_path) is None  # the one before it is not as far
 

@@ -130,6 +130,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
     from sweep import report, runner, verification
     from sweep.progress import terminal
+    from sweep.validation import counted
     from trainables.data import DataError
 
     console = terminal()
@@ -146,7 +147,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     if outcome.cause == "signal":
         done = report.standing(outcome.ledger.entries(), spec.search.trials)
         if (verified := verification.result(outcome.ledger)) and verified.left:
-            done += f", {report.counted(verified.left, 'run')} of the verification left"
+            done += f", {counted(verified.left, 'run')} of the verification left"
         farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
         console.print(farewell, highlight=False, soft_wrap=True)
         if console.quiet:
@@ -162,7 +163,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
         upload, one = shlex.join(["python", "-m", "sweep", "sync", root]), outcome.kept_offline == 1
         console.print(
-            f"{report.counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
+            f"{counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
             f" upload {'it' if one else 'them'} with: {upload}",
             highlight=False,
             soft_wrap=True,

@@ -18,9 +18,10 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sweep.place import Place
-from sweep.report import UNSCORED, conclusion, counted
+from sweep.report import UNSCORED, conclusion
 from sweep.status import Status, tokenised
 from sweep.study import Entry, Ledger, ranking
+from sweep.validation import counted
 from trainables import checkpoint, data
 
 LOOK_SECONDS = 5.0
@@ -292,9 +293,7 @@ def _push(upload: Upload, entries: Sequence[Entry], best: Entry) -> None:
     """Upload the adapter of the `best` trial, or of one that is better by now; none that is worse in its place."""
     lowest, text = best.best[1] if best.best else math.inf, best.criterion.text
     entry, found = chosen(upload.place, entries, None)
-    if (
-        found.objective is not None and found.objective > lowest
-    ):  # once more: it may just have given way to a better one
+    if found.objective is not None and found.objective > lowest:  # it may just have given way to a better one
         entry, found = chosen(upload.place, entries, None)
     if found.objective is not None and found.objective > lowest:
         upload.note(

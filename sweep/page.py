@@ -23,6 +23,7 @@ from sweep.spec import SweepSpec, dump
 from sweep.status import Status
 from sweep.study import STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
+from sweep.validation import counted
 
 CURVES = 12
 """Best trials that stand out among the curves, and whose training is shown."""
@@ -105,9 +106,7 @@ def _standing(status: Status) -> str:
     took = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     running = ", while it runs" if status.driver else ""
-    trials = (
-        f"{len(status.entries)} of {report.counted(asked, 'trial')}{f' ({each})' if each else ''}, {took} of training"
-    )
+    trials = f"{len(status.entries)} of {counted(asked, 'trial')}{f' ({each})' if each else ''}, {took} of training"
     return f"As of {now}{running}: {trials}."
 
 
@@ -123,7 +122,7 @@ def _verdict(status: Status) -> Iterator[str]:
             return
         yield "No trial has a validation loss yet." if entries else "No trial has been started yet."
         if failed:
-            yield f"{failed} of {report.counted(len(entries), 'trial')} failed; the table below says why."
+            yield f"{failed} of {counted(len(entries), 'trial')} failed; the table below says why."
         return
     evaluation, objective = winner.best
     criterion = winner.criterion
@@ -299,9 +298,9 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
     if not known:
         text = "No training losses were recorded to tell overfitting by, as with tracking.mode: disabled."
     elif overfitted:
-        text = f"{len(overfitted)} of {report.counted(len(known), 'trial')} overfitted: {', '.join(overfitted)}."
+        text = f"{len(overfitted)} of {counted(len(known), 'trial')} overfitted: {', '.join(overfitted)}."
     else:
-        text = f"None of {report.counted(len(known), 'trial')} overfitted."
+        text = f"None of {counted(len(known), 'trial')} overfitted."
     rule = (
         "A trial overfits from the evaluation on that has its lowest validation loss, when after it the validation loss"
         f" rose by more than {findings.MATTERS:.0%} and the training loss fell."

@@ -17,10 +17,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sweep.forecast import duration, forecast
-from sweep.report import counted, standing, verdict
+from sweep.report import standing, verdict
 from sweep.spec import EarlyStopping
 from sweep.study import STATES, Entry
 from sweep.tracking import described
+from sweep.validation import counted
 from trainables.protocol import Slice
 
 

@@ -10,6 +10,7 @@ from sweep import scoring, verification
 from sweep.criterion import LOSS
 from sweep.study import STATES, Entry, Ledger, ranking
 from sweep.tracking import described
+from sweep.validation import counted
 
 SIDE_BY_SIDE = "side_by_side"
 """Note in the ledger: how many processes shared a machine in the newest run."""
@@ -48,17 +49,12 @@ def bill(ledger: Ledger, per_hour: float | None) -> list[str]:
     total = spent(ledger, per_hour)
     if per_hour is None or total is None:
         return []
-    how = f"{money(total / per_hour)} h of a machine at {per_hour:g} an hour, {_side_by_side(ledger)} at a time on it"
+    how = f"{money(total / per_hour)} h of a machine at {per_hour:g} an hour, as if all had run {_side_by_side(ledger)} at a time"
     return [f"cost so far           {money(total)}  ({how}; starting and waiting not counted)"]
 
 
 def _side_by_side(ledger: Ledger) -> int:
     return ledger.noted(SIDE_BY_SIDE) or 1
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as `1 trial`, `12 trials`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def money(amount: float) -> str:

@@ -55,6 +55,7 @@ from sweep.study import (
     ranking,
 )
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
+from sweep.validation import counted
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
@@ -164,9 +165,7 @@ def run(
         recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
-        listener.note(
-            f"Sweep {spec.name}: {report.counted(spec.search.trials, 'trial')} in {place.url}, W&B {tracked.mode}"
-        )
+        listener.note(f"Sweep {spec.name}: {counted(spec.search.trials, 'trial')} in {place.url}, W&B {tracked.mode}")
         with (
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),

@@ -108,6 +108,11 @@ def listed(values: Iterable[object]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as `1 trial`, `12 trials`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(key: object, allowed: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """`; did you mean r?`, or nothing: synonyms, then close spellings, first of `allowed`, then of `elsewhere`.
 

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from sweep.criterion import LOSS, Criterion
 from sweep.place import Place
 from sweep.study import Entry, Ledger, Proposal, SpaceExhausted, ranking
+from sweep.validation import counted
 from trainables.config import QLoRAConfig
 
 CONFIDENCE = 0.95
@@ -101,7 +102,7 @@ def lines(found: Verification | None, criterion: Criterion = LOSS) -> list[str]:
     for each in found.configurations:
         mean = "-" if each.mean is None else text(each.mean)
         interval = f" ({text(each.interval[0])} to {text(each.interval[1])})" if each.interval else ""
-        runs = f"{len(each.values)} run{'' if len(each.values) == 1 else 's'}"
+        runs = counted(len(each.values), "run")
         failed = f" and {each.failed} that failed" if each.failed else ""
         verdict = words.get(each.verdict, f"{each.verdict} than the winner beyond noise")
         p = "" if each.p is None else ", p < 0.001" if each.p < 0.001 else f", p = {each.p:.3f}"

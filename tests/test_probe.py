@@ -105,7 +105,7 @@ def test_what_trials_cost(space, tmp_path):
     ledger.note(report.SIDE_BY_SIDE, 2)
     screen = io.StringIO()
     report.show(Console(file=screen, width=120), ledger, ["seed"], 60.0, 8.0)
-    how = "0.62 h of a machine at 8 an hour, 2 at a time on it; starting and waiting not counted"
+    how = "0.62 h of a machine at 8 an hour, as if all had run 2 at a time; starting and waiting not counted"
     assert f"cost so far           5.00  ({how})\n" in screen.getvalue()
     rows = [line.split("│")[-2].strip() for line in screen.getvalue().splitlines() if line.startswith("│")]
     assert rows == ["4.00", "1.00"]

@@ -49,8 +49,9 @@ def bill(ledger: Ledger, per_hour: float | None) -> list[str]:
     total = spent(ledger, per_hour)
     if per_hour is None or total is None:
         return []
-    how = f"{money(total / per_hour)} h of a machine at {per_hour:g} an hour, as if all had run {_side_by_side(ledger)} at a time"
-    return [f"cost so far           {money(total)}  ({how}; starting and waiting not counted)"]
+    at_a_time = f"as if all had run {_side_by_side(ledger)} at a time; starting and waiting not counted"
+    hours = f"{money(total / per_hour)} h of a machine at {per_hour:g} an hour"
+    return [f"cost so far           {money(total)}  ({hours}, {at_a_time})"]
 
 
 def _side_by_side(ledger: Ledger) -> int:

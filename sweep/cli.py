@@ -460,7 +460,7 @@ def export(
         print(f"{sweep}: nothing was exported: {type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
     where = f"{home.directory} has trial {home.trial} as it was after step {home.step}"
-    print(f"{where}: {home.losses}. Its README.md says how to load it.")
+    print(f"{where}: {home.result}. Its README.md says how to load it.")
     if push_to is not None:
         try:
             print(f"Uploaded to {exports.push(home.directory, push_to)}")

@@ -32,13 +32,13 @@ def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list
     return expected
 
 
-def loses(loss: float, others: Sequence[float], reduction: float) -> bool:
-    """Whether a trial with this loss at a rung is outside the best 1/reduction of those that came there before it.
+def loses(objective: float, others: Sequence[float], reduction: float) -> bool:
+    """Whether a trial with this objective at a rung is outside the best 1/reduction of those that came there before it.
 
-    `others` are their losses; the first to come is let through. The cut-off is the 1/reduction quantile, linearly
+    `others` are their objectives; the first to come is let through. The cut-off is the 1/reduction quantile, linearly
     interpolated, as in Ray's ASHAScheduler.
     """
-    return bool(others) and loss > float(np.percentile(others, 100 / reduction))
+    return bool(others) and objective > float(np.percentile(others, 100 / reduction))
 
 
 def settle(ledger: Ledger, number: int, evaluations: int, rungs: Sequence[int], reduction: float) -> bool:

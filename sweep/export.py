@@ -42,8 +42,8 @@ class Home:
     trial: int
     step: int
     """Optimiser steps that it was trained for."""
-    losses: str
-    """Validation losses in words."""
+    result: str
+    """What it reached in validation, in words."""
 
 
 def export_best(
@@ -176,15 +176,15 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     if merge and data.model_hash(model) != sweep.ledger.noted("inputs")["model"]:
         raise NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
     named = without_path(model) if public else model
-    losses = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
+    result = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
     if merge:
         loss = export_merged(sweep.ledger, to, model, named, tokens, entry, best)
-        losses += "" if loss is None else f" with the base in 4 bits, {loss:.4f} merged in bf16"
+        result += "" if loss is None else f" with the base in 4 bits, {loss:.4f} merged in bf16"
     else:
         export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
     if best.objective is not None and not entry.criterion.is_loss:
-        losses = f"{entry.criterion.name} {entry.criterion.text(best.objective)}, {losses}"
-    return Home(to, entry.number, best.step, losses)
+        result = f"{entry.criterion.name} {entry.criterion.text(best.objective)}, {result}"
+    return Home(to, entry.number, best.step, result)
 
 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:

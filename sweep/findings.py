@@ -131,10 +131,10 @@ def importance(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the validation losses of two trials may be apart by chance."""
+    """How far the objectives of two trials may be apart by chance."""
 
-    loss: float | None
-    """In nats per token, or what else is searched for; None when it is not known."""
+    width: float | None
+    """In nats per token, or in units of the value that is searched for; None when it is not known."""
     because: str
     """How it is known, or why it is not, as a sentence."""
     from_seeds: bool = False
@@ -156,13 +156,13 @@ def noise(entries: Sequence[Entry], fresh: Sequence[Entry] = ()) -> Noise:
     if repeated:
         from scipy import stats
 
-        squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in repeated for loss in losses)
-        runs = sum(map(len, repeated))
-        freedom = runs - len(repeated)
+        squares = sum((each - statistics.fmean(runs)) ** 2 for runs in repeated for each in runs)
+        count = sum(map(len, repeated))
+        freedom = count - len(repeated)
         deviation = math.sqrt(squares / freedom)
         return Noise(
             float(stats.t.ppf(0.975, freedom)) * math.sqrt(2) * deviation,
-            f"{runs} trials of {len(repeated)} configurations differ in their seed alone; the standard deviation of"
+            f"{count} trials of {len(repeated)} configurations differ in their seed alone; the standard deviation of"
             f" {'their losses' if criterion.is_loss else criterion.name} is {criterion.distance(deviation)}.",
             from_seeds=True,
         )
@@ -172,12 +172,13 @@ def noise(entries: Sequence[Entry], fresh: Sequence[Entry] = ()) -> Noise:
     if not whole or whole[0].best is None:
         return Noise(None, unknown)
     number, best = whole[0].best
-    losses = whole[0].objectives
-    beside = {other: abs(losses[other] - best) for other in (number - 1, number + 1) if other > 0 and other in losses}
+    objectives = whole[0].objectives
+    neighbours = [other for other in (number - 1, number + 1) if other > 0 and other in objectives]
+    beside = {other: abs(objectives[other] - best) for other in neighbours}
     if not beside:
         return Noise(None, f"{unknown} The winner has a single evaluation, which does not tell either.")
     other = min(beside, key=lambda one: beside[one])
-    if number + 1 not in losses and beside[other] > MATTERS * abs(best):
+    if number + 1 not in objectives and beside[other] > MATTERS * abs(best):
         return Noise(
             None,
             f"{unknown} Nor do its evaluations tell: the winner's {criterion.short} was still"
@@ -283,7 +284,7 @@ def _repeated(entries: Sequence[Entry]) -> list[list[float]]:
     by_seed: defaultdict[str, list[float]] = defaultdict(list)
     for entry in complete(entries):
         by_seed[entry.config.model_copy(update={"seed": 0}).model_dump_json()].append(best_objective(entry))
-    return [losses for losses in by_seed.values() if len(losses) > 1]
+    return [objectives for objectives in by_seed.values() if len(objectives) > 1]
 
 
 def _axis(dimension: Dimension, values: Sequence[Any]) -> BaseDistribution:

@@ -168,7 +168,7 @@ def _cheaper(status: Status) -> Iterator[str]:
     if not criterion.is_loss:
         yield "Which one is cheaper is not told: how long a trial takes depends on how much it writes."
         return
-    within = findings.MATTERS * abs(best) if noise.loss is None else noise.loss
+    within = findings.MATTERS * abs(best) if noise.width is None else noise.width
     worse = [each.trial for each in verified.configurations if each.verdict == criterion.worse] if verified else []
     found = findings.cheaper(status.entries, within, worse)
     if found is None:

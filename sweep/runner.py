@@ -175,11 +175,16 @@ def run(
             if spec.model is not None and (bf16 or layers):
                 _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
             job = _job(spec, paths, listener)  # before the ledger, too
-            ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
-            learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
-            place.push(paths.spec)
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
+            if spec.objective is not None and recorded is None:
+                _try_objective(spec, place, job, drain)
+            ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
+            if spec.objective is not None and metric is not None:
+                for told in scoring.told_if_changed(ledger, *metric):
+                    listener.note(told)
+            learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
+            place.push(paths.spec)
             if ledger.noted(COMMAND) != again:
                 ledger.note(COMMAND, again)
             requests = Requests(
@@ -513,6 +518,19 @@ def _metric(spec: SweepSpec) -> tuple[str, scoring.Metric] | None:
     try:
         return None if spec.metric is None else (spec.metric, scoring.find_metric(spec.metric))
     except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> None:
+    if spec.trainable == "toy":  # its rows have no text
+        return
+    assert spec.metric is not None
+    resources = {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus}
+    try:
+        scoring.try_objective(
+            spec.metric, spec.criterion.name, place, Path(job.tokens).name, job.completions, resources, drain
+        )
+    except scoring.MetricFault as error:
         raise Refused(str(error)) from error
 
 

@@ -1,6 +1,8 @@
 """The winner on the test rows, once, and beside it the base: their loss, and the user's metric of what they write."""
 
+import hashlib
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +25,10 @@ from trainables.protocol import Scored
 
 Metric = Callable[[list[str], list[str], list[str]], Any]
 """Of prompts, references and completions, row by row; gives a number, or several by name."""
+
+
+_METRIC_FILE = "metric_file"
+"""Note in the ledger: the hash of the file of what is searched for."""
 
 
 class MetricFault(Exception):
@@ -120,6 +126,21 @@ def _has_changed(module: ModuleType) -> bool:
     return Path(spec.origin).stat().st_mtime > psutil.Process().create_time()
 
 
+def told_if_changed(ledger: Ledger, name: str, metric: Metric) -> list[str]:
+    """A line when the file of the metric that is searched for is another than that which the ledger's values are of."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(metric))
+        now = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (TypeError, OSError):  # built in, or of a notebook's cell
+        return []
+    before = ledger.noted(_METRIC_FILE)
+    if before is None or not any(entry.best for entry in ledger.entries()):
+        ledger.note(_METRIC_FILE, now)
+        return []
+    changed = f"metric {name}: {file} is not the file that earlier values are of; they may not compare with new ones"
+    return [changed] if before != now else []
+
+
 def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
     """What the metric gives, by name; a single number has the function's. Raises ValueError that says what is wrong."""
     try:
@@ -151,6 +172,41 @@ def objective_of(name: str, value: str, scored: Scored) -> float:
     if value not in values:
         raise MetricFault(f"metric {name}: gave {listed(values)}, and nothing called {value} (see objective.value)")
     return values[value]
+
+
+def try_objective(
+    name: str,
+    value: str,
+    place: Place,
+    tokens: str,
+    rows: int,
+    resources: Mapping[str, float],
+    drained: Callable[[], bool],
+) -> None:
+    """Have the metric judge the first validation rows with their references for completions, where trials will call it.
+
+    What it cannot do, or does not call `value`, is then known before hours of training. `tokens` is the directory's
+    name, `resources` are those of a trial. Raises MetricFault.
+    """
+    import ray
+
+    def task() -> None:
+        here = place.paths.tokens / tokens
+        place.pull_directory(here)
+        answers, data = (importlib.import_module(f"trainables.{module}") for module in ("answers", "data"))
+        objective_of(name, value, answers.as_they_should_be(here, data.load(here).validation, rows))
+
+    asked = ray.remote(task).options(max_retries=2, **resources).remote()
+    while not ray.wait([asked], timeout=0.2)[0]:
+        if drained():
+            ray.cancel(asked, force=True)
+            return
+    try:
+        ray.get(asked)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MetricFault):
+            raise MetricFault(f"{error.cause}; it was asked about the validation rows' own answers") from error
+        raise
 
 
 def score_winner(

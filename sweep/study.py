@@ -434,8 +434,8 @@ class Observation:
 
     params: Mapping[str, Any]
     """Optuna parameters in the space of this sweep."""
-    loss: float
-    """Of a whole run the best objective (mostly the validation loss), of a stopped one the newest."""
+    objective: float
+    """Of a whole run the best, of a stopped one the newest."""
     stopped_at: int | None
     """The evaluation after which early stopping ended it, None when it is a whole run."""
 
@@ -456,11 +456,11 @@ def observed(entry: Entry, space: Space) -> Observation | None:
 def as_trial(observation: Observation, space: Space) -> FrozenTrial:
     """As Optuna would have it after running it. ValueError when it lies outside of the space."""
     proposal = drawn(observation.params, space)
-    at, loss = observation.stopped_at, observation.loss
+    at, objective = observation.stopped_at, observation.objective
     return optuna.create_trial(
         state=TrialState.COMPLETE if at is None else TrialState.PRUNED,
-        value=loss if at is None else None,
-        intermediate_values={} if at is None else {at: loss},
+        value=objective if at is None else None,
+        intermediate_values={} if at is None else {at: objective},
         params=dict(proposal.params),
         distributions=dict(proposal.distributions),
     )

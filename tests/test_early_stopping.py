@@ -7,6 +7,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from sweep.criterion import Criterion
 from sweep.early_stopping import loses, rungs, settle
 from tests.ledgers import add_trial, memory_ledger
 
@@ -92,6 +93,17 @@ def test_a_rung_is_decided_once():
     assert settle(ledger, undecided, 9, (1, 3), 3)
     assert ledger.entry(undecided).state is TrialState.PRUNED
     assert "7.0000 at evaluation 1" in ledger.entry(undecided).reason
+
+
+def test_of_a_value_that_is_maximised_the_lower_ones_are_stopped():
+    ledger = memory_ledger()
+    ledger.compare_by(Criterion("share", maximized=True))
+    high, low = add_trial(ledger), add_trial(ledger)
+    for number, share, loss in ((high, 0.9, 2.0), (low, 0.5, 1.0)):
+        ledger.report(number, 1, ledger.criterion.turned(share), loss)
+    assert not settle(ledger, high, 9, (1, 3), 3)
+    assert settle(ledger, low, 9, (1, 3), 3)
+    assert ledger.entry(low).reason == "ASHA: 0.5 at evaluation 1 is not among the best 1/3 of 2"
 
 
 def test_without_early_stopping_every_trial_completes():

@@ -130,14 +130,14 @@ def test_noise_comes_from_seeds_where_there_are_some():
         ended(ledger, 2.0, loss, r=8)
     ended(ledger, 2.0, 0.5, r=16)
     noise = findings.noise(ledger.entries())
-    assert noise.loss == pytest.approx(12.706 * math.sqrt(2) * 0.01 * math.sqrt(2), rel=1e-4)  # of two, 0.02 apart
+    assert noise.width == pytest.approx(12.706 * math.sqrt(2) * 0.01 * math.sqrt(2), rel=1e-4)  # of two, 0.02 apart
     assert "2 trials of 1 configurations differ in their seed alone" in noise.because
     assert noise.from_seeds
     fresh = memory_ledger()
     for loss in (1.00, 1.01, 1.02):
         ended(fresh, 2.0, loss, r=16)
     verified = findings.noise(ledger.entries(), fresh.entries())
-    assert verified.loss == pytest.approx(4.303 * math.sqrt(2) * 0.01, rel=1e-4)  # those of the verification alone
+    assert verified.width == pytest.approx(4.303 * math.sqrt(2) * 0.01, rel=1e-4)  # those of the verification alone
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_noise_without_seeds_is_a_yardstick_or_unknown(losses, noise):
     ended(ledger, *losses, r=8)
     ended(ledger, *(loss + 1 for loss in losses), r=16)
     found = findings.noise(ledger.entries())
-    assert found.loss == (noise if noise is None else pytest.approx(noise))
+    assert found.width == (noise if noise is None else pytest.approx(noise))
     assert not found.from_seeds
     assert found.because.startswith("How much the seed alone changes a loss is not known")
 

@@ -22,7 +22,7 @@ from sweep.study import Ledger
 from tests.ledgers import add_trial, memory_ledger
 from tests.test_qlora_sft import CONFIG, finish, stock_base
 from tests.test_qlora_sft import tiny as tiny  # a fixture
-from trainables import data, qlora_sft
+from trainables import answers, data, qlora_sft
 from trainables.checkpoint import ADAPTER
 from trainables.packed import base
 from trainables.packed.base import Base
@@ -108,6 +108,15 @@ def test_memory_that_runs_out_halves_what_is_scored_together(tiny, trained, monk
     fits = 0
     with pytest.raises(OutOfMemory, match=r"a single row of \d+ tokens does not fit beside the model; free memory"):
         score(*asked, halvings=0, loss=True, completions=False)
+
+
+def test_rows_answered_as_they_should_be(tiny):
+    validation = data.load(Path(tiny.tokens)).validation
+    asked = {"halvings": 0, "loss": False, "completions": True}
+    scored = score(tiny.model, CONFIG, None, Path(tiny.tokens), "validation", **asked)
+    found = answers.as_they_should_be(Path(tiny.tokens), validation, 3)
+    assert (found.rows, found.prompts, found.references) == (3, scored.prompts[:3], scored.references[:3])
+    assert found.completions == found.references
 
 
 def written_by(trial) -> list[Scored]:
@@ -236,6 +245,30 @@ def test_a_metric_that_was_edited_meanwhile(tmp_path, monkeypatch):
     assert scoring.find_metric("math:fsum") is math.fsum
     monkeypatch.setattr("__main__.metric", raises, raising=False)
     assert scoring.find_metric("__main__:metric") is raises
+
+
+def test_another_file_of_what_is_searched_for_is_told(tmp_path, monkeypatch):
+    """Once there are values that it may not compare with."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "metric_that_changes.py"
+    file.write_text("def metric(*texts):\n    return 1.0\n")
+    ledger, metric = memory_ledger(), scoring.find_metric("metric_that_changes:metric")
+
+    def told() -> list[str]:
+        return scoring.told_if_changed(ledger, "m:f", metric)
+
+    assert told() == []
+    file.write_text("def metric(*texts):\n    return 2.0\n")
+    assert told() == []
+    number = add_trial(ledger)
+    ledger.report(number, 1, 2.0)
+    assert told() == []
+    file.write_text("def metric(*texts):\n    return 3.0\n")
+    assert told() == [
+        f"metric m:f: {file} is not the file that earlier values are of; they may not compare with new ones"
+    ]
+    assert len(told()) == 1  # also the next time
+    assert scoring.told_if_changed(ledger, "math:fsum", math.fsum) == []
 
 
 def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:

@@ -404,6 +404,21 @@ def test_trained_on_all_rows(undisturbed, hub, tmp_path):
     assert told in (sweep / "report.html").read_text()
 
 
+def test_a_metric_that_does_not_give_what_is_searched_for_is_refused(inputs, tmp_path):
+    """It is asked about the rows' own answers, which are all right, before there is a sweep."""
+    space = write(tmp_path, inputs)
+    metric = "metric: search_spaces.pricing:errors\nobjective: {value: share, direction: maximize}\n"
+    space.write_text(space.read_text() + metric)
+    done = sweeps.run(space)
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = " ".join(done.stderr.split())
+    assert (
+        "errors: gave mean absolute error, $ or share within 20 %, and nothing called share (see objective.value);"
+        " it was asked about the validation rows' own answers"
+    ) in told
+    assert not (space.parent / "sweeps/tiny/space.yaml").exists()
+
+
 def test_all_rows_are_trained_on_without_the_objective(undisturbed, tmp_path):
     found = look(str(undisturbed[0].parent / "sweeps/tiny"))
     recorded = YAML(typ="safe").load(found.place.paths.spec)

@@ -1,8 +1,9 @@
 """What an adapter, or the base alone, writes in place of the answers of rows: greedy, a micro-batch at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from trainables.packed.base import Base
 from trainables.protocol import OutOfMemory, Scored
 
 T = TypeVar("T")
+Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""Token ids of a prompt, and of its reference."""
 
 
 def in_micro_batches(
@@ -56,11 +59,11 @@ class Answers:
         """
         self._base = base
         self._pad = pad
-        self._tokenizer = AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)
+        self._tokens = tokens
         pairs = data.with_answers(split)
         self._longest = max(len(reference) for _, reference in pairs)
         self._pairs = pairs[:count]
-        self._ends = base.ends() | ({self._tokenizer.eos_token_id} - {None})
+        self._ends = base.ends() | ({_tokenizer(tokens).eos_token_id} - {None})
         self._lengths = np.array([len(prompt) + self._longest for prompt, _ in self._pairs])
         self._written: dict[int, list[int]] = {}
 
@@ -79,9 +82,28 @@ class Answers:
 
     def done(self, loss: float | None = None) -> Scored:
         """All that was written, once it is; `loss` is that of the rows."""
-        prompts, references = zip(*self._pairs, strict=True)
         written = [self._written[row] for row in range(len(self._pairs))]
-        return Scored(len(written), loss, self._texts(prompts), self._texts(references), self._texts(written))
+        return _scored(self._tokens, self._pairs, written, loss)
 
-    def _texts(self, ids: Iterable[Iterable[int]]) -> tuple[str, ...]:
-        return tuple(self._tokenizer.batch_decode([list(each) for each in ids], skip_special_tokens=True))
+
+def as_they_should_be(tokens: Path, split: data.Rows, count: int) -> Scored:
+    """The first rows of a split, answered with their own references.
+
+    `tokens` is the directory of the rows. Raises `data.DataError` when they have no answers.
+    """
+    pairs = data.with_answers(split)[:count]
+    return _scored(tokens, pairs, [reference for _, reference in pairs], None)
+
+
+def _scored(tokens: Path, pairs: Sequence[Pair], written: Iterable[Iterable[int]], loss: float | None) -> Scored:
+    def texts(ids: Iterable[Iterable[int]]) -> tuple[str, ...]:
+        return tuple(_tokenizer(tokens).batch_decode([list(each) for each in ids], skip_special_tokens=True))
+
+    prompts, references = zip(*pairs, strict=True)
+    return Scored(len(pairs), loss, texts(prompts), texts(references), texts(written))
+
+
+@lru_cache
+def _tokenizer(tokens: Path) -> Any:
+    """Kept: a process serves many trials."""
+    return AutoTokenizer.from_pretrained(tokens / data.TOKENIZER)

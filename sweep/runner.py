@@ -388,6 +388,7 @@ def _train(
             engine=engines.choose(entry.number, running) if engines else None,
             criterion=spec.criterion,
             metric=spec.metric if spec.objective else None,
+            metric_seconds=spec.trial_timeout / 2,
         )
 
     def started(entry: Entry) -> None:
@@ -525,10 +526,16 @@ def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> Non
     if spec.trainable == "toy":  # its rows have no text
         return
     assert spec.metric is not None
-    resources = {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus}
     try:
         scoring.try_objective(
-            spec.metric, spec.criterion.name, place, Path(job.tokens).name, job.completions, resources, drain
+            spec.metric,
+            spec.criterion.name,
+            place,
+            Path(job.tokens).name,
+            job.completions,
+            {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus},
+            spec.trial_timeout / 2,
+            drain,
         )
     except scoring.MetricFault as error:
         raise Refused(str(error)) from error

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 
@@ -23,6 +24,7 @@ from sweep.validation import listed
 from trainables.checkpoint import ADAPTER
 from trainables.protocol import Scored
 
+T = TypeVar("T")
 Metric = Callable[[list[str], list[str], list[str]], Any]
 """Of prompts, references and completions, row by row; gives a number, or several by name."""
 
@@ -160,13 +162,17 @@ def _in_this_process(name: str) -> Metric:
     return find_metric(name)
 
 
-def objective_of(name: str, value: str, scored: Scored) -> float:
+def objective_of(name: str, value: str, scored: Scored, seconds: float) -> float:
     """The value of this name that the metric called `name`, `package.module:function`, gives in this process.
 
-    Raises MetricFault.
+    Raises MetricFault, also when it takes longer than so many seconds; then it is left, in a thread of its own.
     """
+    until = time.monotonic() + seconds
     try:
-        values = values_of(name, _in_this_process(name), scored)
+        metric = _in_this_process(name)
+        values = _beside(lambda: values_of(name, metric, scored), lambda: time.monotonic() > until)
+        if values is None:
+            raise ValueError(f"has not come to an end after {seconds:g} s, half of trial_timeout")
     except ValueError as error:
         raise MetricFault(f"metric {name}: {str(error).removeprefix('metric: ')}") from error
     if value not in values:
@@ -181,12 +187,13 @@ def try_objective(
     tokens: str,
     rows: int,
     resources: Mapping[str, float],
+    seconds: float,
     drained: Callable[[], bool],
 ) -> None:
     """Have the metric judge the first validation rows with their references for completions, where trials will call it.
 
     What it cannot do, or does not call `value`, is then known before hours of training. `tokens` is the directory's
-    name, `resources` are those of a trial. Raises MetricFault.
+    name, `resources` are those of a trial; it may take so many `seconds`. Raises MetricFault.
     """
     import ray
 
@@ -194,7 +201,7 @@ def try_objective(
         here = place.paths.tokens / tokens
         place.pull_directory(here)
         answers, data = (importlib.import_module(f"trainables.{module}") for module in ("answers", "data"))
-        objective_of(name, value, answers.as_they_should_be(here, data.load(here).validation, rows))
+        objective_of(name, value, answers.as_they_should_be(here, data.load(here).validation, rows), seconds)
 
     asked = ray.remote(task).options(max_retries=2, **resources).remote()
     while not ray.wait([asked], timeout=0.2)[0]:
@@ -309,12 +316,12 @@ def _judged(found: Scores, name: str, metric: Metric, adapted: Scored, base: Sco
         return replace(found, trouble=str(error))
 
 
-def _beside(work: Callable[[], Scores], drained: Callable[[], bool]) -> Scores | None:
-    """What somebody's code gives; None when the sweep drains before.
+def _beside(work: Callable[[], T], given_up: Callable[[], bool]) -> T | None:
+    """What somebody's code gives; None when it is given up before.
 
     It has a thread of its own, which may be left: this one, the main thread, is where Python handles signals.
     """
-    answer: Future[Scores] = Future()
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -324,7 +331,7 @@ def _beside(work: Callable[[], Scores], drained: Callable[[], bool]) -> Scores |
 
     Thread(target=run, name="metric", daemon=True).start()
     while not wait([answer], timeout=0.2).done:
-        if drained():
+        if given_up():
             return None
     return answer.result()
 

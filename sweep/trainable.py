@@ -106,6 +106,8 @@ class Assignment:
     """What it is compared by."""
     metric: str | None = None
     """Function that gives that, `package.module:function`, of what `job.completions` ask for; None for the loss."""
+    metric_seconds: float = 900.0
+    """How long that may take."""
 
 
 class SlicedTrial(tune.Trainable):
@@ -217,7 +219,7 @@ class SlicedTrial(tune.Trainable):
             return slice_
         if mine.metric is not None and slice_.failure is None:
             assert slice_.written is not None  # or its loss would be compared with values of the metric
-            value = objective_of(mine.metric, mine.criterion.name, slice_.written)
+            value = objective_of(mine.metric, mine.criterion.name, slice_.written, mine.metric_seconds)
             evaluation = replace(evaluation, score=mine.criterion.turned(value))
         self._evaluations += (evaluation,)
         return replace(slice_, evaluation=evaluation, written=None)

@@ -50,7 +50,7 @@ def swept(spec: SweepSpec, place: Place) -> Status:
             slice_ = trial.advance(0)
             done = slice_.evaluation
             if done is not None and slice_.written is not None:
-                value = scoring.objective_of(spec.metric, spec.criterion.name, slice_.written)
+                value = scoring.objective_of(spec.metric, spec.criterion.name, slice_.written, 60.0)
                 done = replace(done, score=spec.criterion.turned(value))
                 slice_ = replace(slice_, evaluation=done)
             tracking.log(run, slice_, spec.criterion)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -212,10 +213,10 @@ def test_a_metric_gives_the_value_or_says_why_not(metric, value, message):
     scored = Scored(1, None, ("a",), ("1",), ("2.5",))
     name = f"tests.test_objective:{metric}"
     if message is None:
-        assert scoring.objective_of(name, value, scored) == -2.5
+        assert scoring.objective_of(name, value, scored, 60.0) == -2.5
         return
     with pytest.raises(scoring.MetricFault) as caught:
-        scoring.objective_of(name, value, scored)
+        scoring.objective_of(name, value, scored, 60.0)
     assert str(caught.value).startswith("metric tests.test_objective:")
     assert message in str(caught.value)
 
@@ -226,6 +227,20 @@ def fails(*texts):
 
 def nothing(*texts):
     return math.nan
+
+
+def test_a_metric_that_does_not_come_to_an_end_is_left():
+    scored = Scored(1, None, ("a",), ("1",), ("2.5",))
+    with pytest.raises(scoring.MetricFault, match=r"hangs: has not come to an end after 0.1 s, half of trial_timeout"):
+        scoring.objective_of("tests.test_objective:hangs", "hangs", scored, 0.1)
+    OVER.set()
+
+
+OVER = threading.Event()
+
+
+def hangs(*texts):
+    OVER.wait(60)
 
 
 def test_the_process_of_a_trial_judges_saves_and_tells_again(tmp_path):

@@ -21,6 +21,13 @@ class Criterion:
         """For headings."""
         return "loss" if self.is_loss else self.name
 
+    @property
+    def explained(self) -> str:
+        """What it is, for those who see it the first time."""
+        if self.is_loss:
+            return f"{self.name} (mean cross-entropy per supervised token)"
+        return f"{self.name} ({self.better} is better)"
+
     def __str__(self) -> str:
         return f"{self.name}, {self.better} is better"
 

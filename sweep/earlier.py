@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 from sweep import status
 from sweep.spec import SweepSpec
-from sweep.study import Ledger, Observation, observed
+from sweep.study import Ledger, Observation, observed, of_known
 from sweep.validation import shown
 
 NOTE = "known"
@@ -58,7 +58,7 @@ def write(ledger: Ledger, found: Sequence[Observation]) -> None:
 
 def read(ledger: Ledger) -> list[Observation]:
     """What `write` noted."""
-    return [Observation(**each) for each in ledger.noted(NOTE) or ()]
+    return [of_known(Observation, each) for each in ledger.noted(NOTE) or ()]
 
 
 def _look(source: str, ledger: str | None) -> status.Status:

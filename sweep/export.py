@@ -20,7 +20,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from sweep.place import Place
 from sweep.report import UNSCORED, conclusion
 from sweep.status import Status, tokenised
-from sweep.study import Entry, Ledger, ranking
+from sweep.study import MACHINES, PORTABLE, Entry, Ledger, ranking
 from sweep.validation import counted
 from trainables import checkpoint, data
 
@@ -361,18 +361,23 @@ def model_card(
     entries = ledger.entries()
     config = entry.config
     settings = "\n".join(f"| {name} | {value} |" for name, value in config.model_dump(mode="json").items())
-    versions = "\n".join(f"| {name} | {value} |" for name, value in (ledger.noted("environment") or {}).items())
+    environment, inputs = ledger.noted("environment") or {}, ledger.noted("inputs") or {}
+    versions = "\n".join(
+        [
+            *(f"| {name} | {value} |" for name, value in environment.items()),
+            *(f"| machine | {machine} |" for machine in ledger.noted(MACHINES) or ()),
+            *(f"| {name}, hash of its content | {value} |" for name, value in inputs.items()),
+        ]
+    )
+    spec = ledger.noted(PORTABLE)
     what = f"{model}, fine-tuned with QLoRA" if merged else f"QLoRA adapter for {model}"
     if entry.unscored:
         found = f"Trial {entry.number} as it was after its last optimiser step, {step}."
     else:
         rank = [ranked.number for ranked in ranking(entries)].index(entry.number) + 1
         place = "The best" if rank == 1 else f"Number {rank}"
-        by = "validation loss (mean cross-entropy per supervised token)"
-        if not entry.criterion.is_loss:
-            by = f"{entry.criterion.name} ({entry.criterion.better} is better)"
         found = (
-            f"{place} of {counted(len(entries), 'trial')} by {by}, taken after optimiser\n"
+            f"{place} of {counted(len(entries), 'trial')} by {entry.criterion.explained}, taken after optimiser\n"
             f"step {step} of trial {entry.number}."
         )
     bf16 = config.compute_dtype == "bf16"
@@ -398,10 +403,16 @@ def model_card(
 | made with | version |
 |---|---|
 {versions}
-"""
+{"" if spec is None else _SEARCHED.format(spec=spec)}"""
     )
 
 
+_SEARCHED = """
+The rows, how long a trial trained, and what was searched, as `python -m sweep run` takes it:
+
+```yaml
+{spec}```
+"""
 _TORCH = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
 _MERGED = """
 Those losses are of the adapter on the base in 4 bits. With its term added to the weights in bf16, which is what this

@@ -1,6 +1,5 @@
 """report.html: what a sweep found, in one file that needs no network and nothing beside it."""
 
-import json
 import math
 import shlex
 import textwrap
@@ -19,9 +18,9 @@ from plotly.offline import get_plotlyjs
 
 from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
-from sweep.spec import SweepSpec, dump
+from sweep.spec import SweepSpec, dump, portable
 from sweep.status import Status
-from sweep.study import STATES, Entry, ranking
+from sweep.study import MACHINES, STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
 from sweep.validation import counted
 
@@ -82,7 +81,7 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
 
     It is made to be passed on: it names no process, path or address, but for what the reason of a failure quotes.
     """
-    spec, entries, portable = status.spec, status.entries, _portable(status.spec)
+    spec, entries, elsewhere = status.spec, status.entries, portable(status.spec)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=spec.name,
@@ -90,11 +89,13 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
         verdict=list(_verdict(status)),
         sections=[*_what_mattered(status), *_learning(status, rows, notes), *_search(entries), *_cost(status)],
         table=_table(status),
+        compared_by=status.ledger.criterion.explained,
         fixed={name: _value(one) for name, one in spec.space.plain().items() if name not in spec.space.searched},
         versions=status.ledger.noted("environment") or {},
+        machines=status.ledger.noted(MACHINES) or [],
         inputs=status.ledger.noted("inputs") or {},
-        commands=list(_commands(status, f"{portable.storage}/{portable.name}")),
-        portable=dump(portable),
+        commands=list(_commands(status, f"{elsewhere.storage}/{elsewhere.name}")),
+        portable=dump(elsewhere),
         plotlyjs=get_plotlyjs(),
     )
 
@@ -448,22 +449,6 @@ def _commands(status: Status, directory: str) -> Iterator[str]:
         yield f"python -m sweep rerun {quoted} --trial {winner.number}  # the best configuration alone, once more"
     if status.spec.trainable != "toy":
         yield f"python -m sweep export {quoted}"
-
-
-def _portable(spec: SweepSpec) -> SweepSpec:
-    """The spec as it may be run elsewhere: names in place of this machine's paths and of URLs, no ledger, no upload."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: named(inner) for key, inner in value.items() if key not in ("ledger", "push_to")}
-        if isinstance(value, list):
-            return [named(inner) for inner in value]
-        is_place = isinstance(value, str) and (value.startswith("/") or "://" in value)
-        return Path(value).name if is_place else value
-
-    return SweepSpec.model_validate_json(
-        json.dumps(named(spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
-    )
 
 
 def _value(value: object) -> str:

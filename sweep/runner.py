@@ -44,11 +44,15 @@ from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec, Verify
 from sweep.study import (
     ENDED_AS,
+    MACHINES,
+    PORTABLE,
+    PROGRAM,
     Entry,
     Ledger,
     Observation,
     Proposal,
     as_trial,
+    begun_by_newer,
     first_params,
     open_journal,
     propose,
@@ -59,7 +63,7 @@ from sweep.validation import counted
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
-PACKAGES = ("qlora-sweep", "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
+PACKAGES = (PROGRAM, "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
 
 QUIET_RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -180,13 +184,14 @@ def run(
             if spec.objective is not None and recorded is None:
                 _try_objective(spec, place, job, drain)
             ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
+            _note_news(ledger, MACHINES, sorted({*(ledger.noted(MACHINES) or ()), *map(_described, _machines())}))
+            _note_news(ledger, PORTABLE, specs.dump(specs.portable(spec)))
             if spec.objective is not None and metric is not None:
                 for told in scoring.told_if_changed(ledger, *metric):
                     listener.note(told)
             learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
             place.push(paths.spec)
-            if ledger.noted(COMMAND) != again:
-                ledger.note(COMMAND, again)
+            _note_news(ledger, COMMAND, again)
             requests = Requests(
                 ledger,
                 place,
@@ -338,7 +343,7 @@ def _train(
         listener.resumed(ledger.entries())
 
     first_rung = spec.early_stopping.grace if spec.early_stopping else 1
-    searched = (*spec.space.searched, "seed") if place.verification else spec.space.searched
+    searched = tuple(dict.fromkeys([*spec.space.searched, *(["seed"] if place.verification else [])]))
     known = [] if ledger is search else search.entries()
 
     watch = Watch(drain, spec.trial_timeout, alone=address == "local")
@@ -669,7 +674,7 @@ def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterato
             f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
         ) from error
     try:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = _machines()
         fits = [fit_on(machine, cpus, gpus) for machine in machines]
         if not any(fits):
             wanted = {"CPU": cpus, "GPU": gpus}
@@ -689,6 +694,18 @@ def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterato
     finally:
         if not leave:
             ray.shutdown()
+
+
+def _machines() -> list[Mapping[str, float]]:
+    """What each machine of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _described(machine: Mapping[str, float]) -> str:
+    """Its cores and GPUs."""
+    kinds = [name.removeprefix("accelerator_type:") for name in machine if name.startswith("accelerator_type:")]
+    gpus = f", {counted(int(machine['GPU']), 'GPU')} ({', '.join(kinds)})" if machine.get("GPU") else ""
+    return f"{counted(int(machine.get('CPU', 0)), 'CPU core')}{gpus}"
 
 
 def fit_on(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
@@ -757,6 +774,12 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
         )
 
 
+def _note_news(ledger: Ledger, key: str, value: Any) -> None:
+    """Note what is not known yet: a journal grows with each note."""
+    if ledger.noted(key) != value:
+        ledger.note(key, value)
+
+
 def _open(
     spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], known: Sequence[Observation], listener: Listener
 ) -> Ledger:
@@ -779,6 +802,8 @@ def _open(
         if begun and isinstance(error, OperationalError):
             raise OSError(why) from error
         raise Refused(why) from error
+    if newer := begun_by_newer(ledger):
+        raise Refused(f"{paths.root}: {newer}")
     recorded = ledger.noted("inputs")
     if begun and recorded is None:
         raise Refused(f"{paths.root} holds a sweep, but {place} knows nothing of it. {_NO_LEDGER}")

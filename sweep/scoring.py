@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import psutil
 
 from sweep.place import Place
-from sweep.study import Entry, Ledger
+from sweep.study import Entry, Ledger, of_known
 from sweep.validation import listed
 from trainables.checkpoint import ADAPTER
 from trainables.protocol import Scored
@@ -337,4 +337,4 @@ def _beside(work: Callable[[], T], given_up: Callable[[], bool]) -> T | None:
 
 
 def _recorded(ledger: Ledger) -> list[Scores]:
-    return [Scores(**each) for each in ledger.noted("scores") or []]
+    return [of_known(Scores, each) for each in ledger.noted("scores") or []]

@@ -323,6 +323,22 @@ def dump(spec: SweepSpec) -> str:
     return stream.getvalue()
 
 
+def portable(spec: SweepSpec) -> SweepSpec:
+    """The spec as it may be run elsewhere: names in place of this machine's paths and of URLs, no ledger, no upload."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items() if key not in ("ledger", "push_to")}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        is_place = isinstance(value, str) and (value.startswith("/") or "://" in value)
+        return Path(value).name if is_place else value
+
+    return SweepSpec.model_validate_json(
+        json.dumps(named(spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    )
+
+
 def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
     """What differs between two specs and may not while a sweep is under way: one line for each key or field.
 

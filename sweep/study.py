@@ -12,16 +12,18 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from packaging.version import Version
 from sqlalchemy.engine import make_url
 
 from sweep.criterion import LOSS, Criterion
@@ -29,9 +31,12 @@ from sweep.space import Space
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study that is made
 
+PROGRAM = "qlora-sweep"
 PART = 30_000
 """Characters of one part of a note; a database may take no more than 65,535 bytes (MySQL's TEXT), quotes escaped."""
 RESAMPLES = 10
@@ -52,6 +57,10 @@ Sampler = Literal["tpe", "random", "grid", "gp"]
 
 _CRITERION = "criterion"
 """Note in the ledger."""
+MACHINES = "machines"
+"""Note in the ledger: what the machines have that it ran on, a text for each kind."""
+PORTABLE = "spec"
+"""Note in the ledger: the spec as it may be run elsewhere (`spec.portable`), in YAML."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Entry:
 
     @property
     def cost(self) -> Cost:
-        return Cost(**self.trial.user_attrs.get("cost", {}))
+        return of_known(Cost, self.trial.user_attrs.get("cost", {}))
 
     @property
     def halvings(self) -> int:
@@ -134,6 +143,12 @@ class Entry:
     def silences(self) -> int:
         """How often its process was killed because nothing was heard of it."""
         return int(self.trial.user_attrs.get("silences", 0))
+
+
+def of_known(kind: type[T], facts: Mapping[str, Any]) -> T:
+    """A dataclass of what was noted of it. A newer version may have noted more, which this one does without."""
+    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
+    return kind(**{name: value for name, value in facts.items() if name in names})
 
 
 @lru_cache(maxsize=100_000)
@@ -161,7 +176,7 @@ class Ledger:
             study_name=name,
             sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals come from `propose`
         )
-        self.criterion = Criterion(**(self.noted(_CRITERION) or {}))
+        self.criterion = of_known(Criterion, self.noted(_CRITERION) or {})
         """What its trials are compared by."""
 
     @classmethod
@@ -426,6 +441,17 @@ def _check(line: bytes) -> None:
 
 def _checksum(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def begun_by_newer(ledger: Ledger) -> str | None:
+    """A sentence when a newer version of this program began the sweep."""
+    began, ours = (ledger.noted("environment") or {}).get(PROGRAM, "0"), version(PROGRAM)
+    if Version(began) <= Version(ours):
+        return None
+    return (
+        f"{PROGRAM} {began} began this sweep, and this is {ours}, which may not know all of it; update with:"
+        f" python -m pip install --upgrade {PROGRAM}"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ them.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from typing import Literal
 
 from optuna.trial import TrialState
@@ -56,11 +57,21 @@ class Verification:
 
 
 def begin(search: Ledger, top: int, seeds: int) -> tuple[Ledger, list[QLoRAConfig]]:
-    """The verification's ledger, and what it is to have: the best `top` configurations of the search, each with the
-    `seeds` seeds that follow its own; seed by seed, so that one that ends early has compared them all."""
+    """The verification's ledger, and what it is to have: the best `top` configurations of the search that differ in
+    more than their seed, each with the next `seeds` seeds after its own that the search has not tried; seed by seed, so
+    that one that ends early has compared them all."""
     ledger = search.begin_verification()
-    best = [entry.config for entry in ranking(search.entries())[:top]]
-    wanted = [_with_seed(config, config.seed + more) for more in range(1, seeds + 1) for config in best]
+    tried = {entry.config for entry in search.entries()}
+    best: dict[QLoRAConfig, QLoRAConfig] = {}
+    for entry in ranking(search.entries()):
+        best.setdefault(_with_seed(entry.config, 0), entry.config)
+
+    def fresh(config: QLoRAConfig) -> Iterator[QLoRAConfig]:
+        with_seeds = (_with_seed(config, config.seed + more) for more in count(1))
+        return islice((each for each in with_seeds if each not in tried), seeds)
+
+    by_seed = zip(*(fresh(config) for config in islice(best.values(), top)), strict=True)
+    wanted = list(chain.from_iterable(by_seed))
     ledger.note("trials", len({entry.config for entry in ledger.entries()} | set(wanted)))
     return ledger, wanted
 
@@ -83,7 +94,8 @@ def result(search: Ledger) -> Verification | None:
     for entry in ledger.entries():
         runs.setdefault(_with_seed(entry.config, 0), []).append(entry)
     ranked = ranking(search.entries())
-    found = [(entry, runs[key]) for entry in ranked if (key := _with_seed(entry.config, 0)) in runs]
+    # Of those that differ in their seed alone, the best stands for all.
+    found = [(entry, runs.pop(key)) for entry in ranked if (key := _with_seed(entry.config, 0)) in runs]
     left = trials - sum(entry.state.is_finished() for entry in ledger.entries())
     winner = found[0][1] if found and found[0][0] is ranked[0] and not left else []
     others = sum(entry is not ranked[0] for entry, _ in found)

@@ -99,6 +99,7 @@ def test_the_best_value_wins_and_is_shown_everywhere(searching):
     assert f"its validation loss there is {first.losses[first.best[0]]:.4f}" in text
     assert "by their closeness at evaluation" in text
     assert "darker with a higher closeness" in text
+    assert "By closeness (higher is better)." in text
 
 
 def test_optuna_gets_values_with_their_direction_for_figures(searching):

@@ -225,6 +225,10 @@ def test_a_ledger_in_a_database(undisturbed, space):
     assert refused.returncode == 2
     assert "toy holds a sweep, but its ledger" in refused.stderr
     assert not (space.parent / "sweeps/toy/study.log").exists()
+    Ledger.at_url(url, "toy").note("environment", {"qlora-sweep": "99.1"})
+    refused = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
+    assert refused.returncode == 2
+    assert "qlora-sweep 99.1 began this sweep" in refused.stderr
     (space.parent / "ledger.db").unlink()
     refused = sweeps.run(space, "--set", f"ledger={url}", "--set", "search.trials=2")
     assert refused.returncode == 2

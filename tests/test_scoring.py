@@ -318,7 +318,7 @@ def test_the_test_rows_are_scored_once(monkeypatch):
         ledger.report(number, 1, 1.5)
         ledger.complete(number)
     mine = scoring.Scores(0, 24, "test", 200, 1.5, 4.9, "m:f", {"error": 7.0}, {"error": 900.0}, None)
-    ledger.note("scores", [asdict(mine)])
+    ledger.note("scores", [asdict(mine) | {"of_a_newer_version": 1}])
     assert scoring.scores(ledger) == mine
     assert scoring.lines(ledger) == [
         "test set, 200 rows: the best checkpoint of trial 000, and the base model",

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from sweep.space import Space
 from sweep.spec import load
-from sweep.study import Ledger, SpaceExhausted, open_journal, propose, ranking, read_journal
+from sweep.study import Ledger, SpaceExhausted, begun_by_newer, open_journal, propose, ranking, read_journal
 from tests.ledgers import add_trial, memory_ledger
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost, Evaluation, Slice, Step
@@ -222,3 +222,13 @@ def test_cost_adds_up_over_slices():
     cost = cost.plus(Slice(steps, None, None, False, 5), 1.5)
     cost = cost.plus(Slice((), Evaluation(1, 2, 1.0, 40, 2.0), None, False, 9, gpu_load=0.5), 3.0)
     assert cost == Cost(seconds=4.0, steps=3, tokens=100, peak_memory=9, elapsed=4.5, gpu_seconds=1.5)
+
+
+def test_what_a_newer_version_noted_besides_is_done_without():
+    ledger = memory_ledger()
+    number = add_trial(ledger)
+    assert begun_by_newer(ledger) is None
+    ledger._storage.set_trial_user_attr(ledger._id(number), "cost", {"steps": 3, "watts": 7})
+    assert ledger.entry(number).cost == Cost(steps=3)
+    ledger.note("environment", {"qlora-sweep": "99.1", "ray": "2"})
+    assert begun_by_newer(ledger).startswith("qlora-sweep 99.1 began this sweep, and this is ")

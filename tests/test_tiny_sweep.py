@@ -166,6 +166,11 @@ def test_best_loads_with_plain_peft_and_gives_the_recorded_loss(undisturbed):
     card = (best / "README.md").read_text()
     assert "library_name: peft" in card
     assert f"| learning_rate | {facts['config']['learning_rate']} |" in card
+    assert re.search(r"^\| data.train, hash of its content \| [0-9a-f]{64} \|$", card, re.MULTILINE)
+    assert re.search(r"^\| machine \| \d+ CPU cores? \|$", card, re.MULTILINE)
+    asked = YAML(typ="safe").load(card.split("```yaml\n")[1].split("```")[0])
+    assert (asked["data"]["train"], asked["budget"]["steps"], asked["search"]["trials"]) == ("train.jsonl", 24, 4)
+    assert str(space.parent) not in card
     assert not list(best.glob("training_state*"))
     code = card.split("```python\n")[1].split("```")[0]
     said = subprocess.run([sys.executable, "-c", code], cwd=best.parent, env=sweeps.environment(), capture_output=True)

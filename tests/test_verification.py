@@ -60,6 +60,20 @@ def test_the_best_configurations_get_the_same_fresh_seeds() -> None:
     assert verification.propose(ledger.entries(), more).config == more[6]  # what is there is not repeated
 
 
+def test_seeds_that_were_searched_are_not_fresh() -> None:
+    """A configuration that the search has with two seeds is one, and its runs are those of neither."""
+    search = searched(1.1, 1.3, 1.4)
+    for seed, loss in ((8, 1.2), (9, 1.25)):
+        number = add_trial(search, r=1, seed=seed)
+        search.report(number, 1, loss)
+        search.complete(number)
+    ledger, wanted = verification.begin(search, top=2, seeds=2)
+    assert [(config.r, config.seed) for config in wanted] == [(1, 10), (2, 8), (1, 11), (2, 9)]
+    trained(ledger, wanted, {1: [0, 0, 1.1, 1.12], 2: [1.31, 1.32]})
+    found = verification.result(search)
+    assert [(each.trial, each.values) for each in found.configurations] == [(0, (1.1, 1.12)), (1, (1.31, 1.32))]
+
+
 def test_means_intervals_and_verdicts_are_those_of_scipy() -> None:
     noise = random.Random(0)
     losses = {r: [mean + noise.gauss(0, 0.01) for _ in range(4)] for r, mean in ((1, 1.5), (2, 1.505), (3, 1.8))}

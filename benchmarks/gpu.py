@@ -23,9 +23,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.packed_step import header, job_on, measure, now, trials_of
+from sweep.plan import largest_micro_batch
 from tests.tiny import tiny_tokenizer
 from trainables import model
 from trainables.config import QLoRAConfig
+from trainables.memory import estimate
 from trainables.packed.engine import Engine
 from trainables.protocol import Budget, Job, Step
 from trainables.qlora_sft import QLoRATrial, turn
@@ -105,6 +107,23 @@ def memory(name: str, job: Job, slots: int, tokens: int) -> None:
         f"{name}: a trial alone takes {one:.2f} GiB of the device, {slots} packed take {many:.2f} GiB: "
         f"{many / (slots * one):.2f} of {slots} processes"
     )
+
+
+def estimates(name: str, job: Job, rows: int, tokens: int) -> None:
+    """What `plan` says that a trial's tensors take, beside the most that torch had in use."""
+    for checkpointing in (False, True):
+        settings = {"r": 16, "batch_size": rows, "gradient_checkpointing": checkpointing}
+        (trial,) = trials = trials_of(job, 1, tokens, settings)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            turn([trial])
+        most = torch.cuda.max_memory_allocated()
+        told = estimate(job.model, trial.config, *largest_micro_batch(trial.train, trial.config)).total
+        close(trials)
+        print(
+            f"{name}, {rows} rows of {tokens} tokens, {'with' if checkpointing else 'without'} gradient checkpointing:"
+            f" {told / GIB:.2f} GiB estimated, {most / GIB:.2f} measured, {told / most:.2f}"
+        )
 
 
 def replacement(name: str, job: Job) -> None:
@@ -241,6 +260,8 @@ def main() -> None:
         for dropout in (0.05, 0.0):
             steps(name, job, 2, large, 256, dropout, peak)
         memory(name, job, 8, 256)
+        for rows in (1, large):
+            estimates(name, job, rows, 256)
         replacement(name, job)
         if name == "1B":
             differences(job)

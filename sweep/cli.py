@@ -250,6 +250,8 @@ def plan(
         show(spec, probe=probe)
     except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
+    words = ["run", str(space), *(word for value in set_ or [] for word in ("--set", value))]
+    print(f"Run it with: {shlex.join(['python', '-m', 'sweep', *words])}")
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """What a sweep would do, before anything is started: data, steps, early stopping, memory, and configurations."""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -28,6 +29,8 @@ from trainables.protocol import Budget
 SAMPLED = 200
 """Configurations of the space that are looked at."""
 SHOWN = 10
+RUNNING = 3
+"""Checkpoints of a trial that runs, at most."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def splits(prepared: data.Prepared) -> dict[str, Split]:
         name: Split(
             rows=len(rows),
             tokens=len(rows.input_ids),
-            median=int(np.percentile(np.diff(rows.offsets), 50)),
-            most=int(np.percentile(np.diff(rows.offsets), 95)),
+            median=int(np.percentile(np.diff(rows.offsets), 50, method="inverted_cdf")),
+            most=int(np.percentile(np.diff(rows.offsets), 95, method="inverted_cdf")),
             cut_off=prepared.cut_off[name],
         )
         for name, rows in found.items()
@@ -119,10 +122,23 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 for name, those in {"lightest": [min(configs, key=by_memory)], "heaviest": candidates}.items()
             }
             device, room = memory.this_device()
-            say("memory", _room(needed["heaviest"][1], device, room))
+            process: int = memory.of_a_process()
+
+            def fits(config: QLoRAConfig) -> bool:
+                taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config))
+                return bool(taken.total + process <= room)
+
+            heaviest = needed["heaviest"][1].total + process
+            say("memory", _room(heaviest, process, device, room))
+            if heaviest > room:
+                say("", _too_large(configs, fits, spec.space.searched))
             console.print(_memory(needed, spec.space.searched))
+            sizes = sorted((memory.size(spec.model, config), config.r) for config in configs)
+            say("adapter", _adapters(sizes[0], sizes[-1]))
             largest = max(memory.trained_bytes(spec.model, config) for config in configs)
-            say("disk", _disk(spec, largest, needed["heaviest"][1].base, prepared.path))
+            bases = {(c.quant_type, c.compute_dtype, c.double_quant) for c in configs}
+            of_bases = sum(memory.base_bytes(spec.model, *each) for each in bases)
+            say("disk", _disk(spec, largest, of_bases, prepared.path))
             if probe:
                 probes = importlib.import_module("sweep.probe")  # brings Ray
                 chosen = {name: config for name, (config, _) in needed.items()}
@@ -166,12 +182,11 @@ def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:
         share = sum(expected) / (spec.search.trials * spec.budget.evaluations)
         yield f"expected to reach evaluations 1 to {len(expected)}: {shown} (ASHA; {share:.0%} of all training)"
     if spec.verify:
-        top = min(spec.verify.top, spec.search.trials)
-        yield f"then {top * spec.verify.seeds} whole ones: the best {top} with {spec.verify.seeds} other seeds each"
+        top, seeds = spec.verifications // spec.verify.seeds, spec.verify.seeds
+        yield f"then {spec.verifications} whole ones: the best {top} with {seeds} other seeds each"
     if spec.objective:
         rows = min(spec.objective.rows, validation or spec.objective.rows)
-        again = min(spec.verify.top, spec.search.trials) * spec.verify.seeds if spec.verify else 0
-        written = rows * (1 + sum(expected) + again * spec.budget.evaluations)
+        written = rows * (1 + sum(expected) + spec.verifications * spec.budget.evaluations)
         yield f"compared by {spec.criterion}"
         yield f"{rows} answers are written at each evaluation, the base's, too, about {written:,.0f} in all"
 
@@ -195,10 +210,11 @@ def _memory(needed: Mapping[str, tuple[QLoRAConfig, Any]], searched: Sequence[st
     return table
 
 
-def _room(heaviest: Any, device: str, room: int) -> Iterator[str]:
-    fit = room // heaviest.total
-    if fit:
-        yield f"{device} with {room / 1e9:.1f} GB: {fit} of the heaviest trials fit, each with a base of its own"
+def _room(heaviest: int, process: int, device: str, room: int) -> Iterator[str]:
+    """`heaviest` are the bytes of the process of a trial, `process` those of them that are no tensors."""
+    if fit := room // heaviest:
+        yield f"{device} with {room / 1e9:.1f} GB: {fit} of the heaviest trials fit, each in a process of its own"
+        yield f"with its own base; such a process takes {process / 1e9:.1f} GB besides what is below"
     else:
         yield (
             f"{device} with {room / 1e9:.1f} GB: the heaviest trials do not fit, and would go on with smaller"
@@ -206,13 +222,32 @@ def _room(heaviest: Any, device: str, room: int) -> Iterator[str]:
         )
 
 
-def _disk(spec: SweepSpec, checkpoint: int, base: int, tokens: Path) -> Iterator[str]:
+def _too_large(
+    configs: Sequence[QLoRAConfig], fits: Callable[[QLoRAConfig], bool], searched: Sequence[str]
+) -> Iterator[str]:
+    """How many do not fit, of configurations of which the heaviest does not: found in a few looks, for each takes a
+    second."""
+    ordered = sorted(configs, key=by_memory)
+    fit = bisect_left(ordered, True, key=lambda config: not fits(config))
+    if fit < len(ordered):
+        lightest = described(ordered[fit], searched)
+        yield f"{len(ordered) - fit} of {len(ordered)} drawn from the space do not fit, the lightest of them {lightest}"
+
+
+def _adapters(lightest: tuple[int, int], heaviest: tuple[int, int]) -> Iterator[str]:
+    """Of each, parameters and rank."""
+    for size, r in dict.fromkeys([lightest, heaviest]):
+        yield f"{size / 1e6:,.2f} M parameters with r {r}: {4 * size / 1e6:,.1f} MB"
+
+
+def _disk(spec: SweepSpec, checkpoint: int, bases: int, tokens: Path) -> Iterator[str]:
     """Each running trial has up to three checkpoints, of an adapter in fp32 and its moments."""
     of_tokens = sum(file.stat().st_size for file in tokens.rglob("*") if file.is_file())
-    yield (
-        f"a checkpoint takes {checkpoint / 1e6:,.1f} MB at most; {spec.checkpoint.keep} are kept of trials that ended,"
-        f" up to three of each that runs; tokens {of_tokens / 1e6:,.1f} MB; a base {base / 1e6:,.1f} MB"
-    )
+    kept = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
+    whole = (kept + RUNNING) * checkpoint + of_tokens + bases
+    yield f"{whole / 1e6:,.0f} MB with a trial at a time, {RUNNING * checkpoint / 1e6:,.0f} more for each beside it:"
+    yield f"checkpoints of {checkpoint / 1e6:,.1f} at most, {kept} of ended trials, up to {RUNNING} of each that runs;"
+    yield f"tokens {of_tokens / 1e6:,.1f}; bases {bases / 1e6:,.1f}, once per machine"
 
 
 def _configurations(spec: SweepSpec, known: Sequence[Observation]) -> Table:

@@ -84,12 +84,14 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
 def told(
     probed: Probed, spec: SweepSpec, configs: Mapping[str, QLoRAConfig], survivors: Sequence[float], rows: int
 ) -> dict[str, list[str]]:
-    """Lines by heading: what was measured, and the hours and the cost of a sweep over so many training rows.
+    """Lines by heading: what was measured, and the hours and the cost of a sweep over so many training rows, with its
+    verification.
 
     `survivors` are the trials that are expected to reach evaluation 1, 2, ….
     """
     places = -(-probed.at_a_time // probed.slots)
-    measured, whole = [], []
+    longer = [each + spec.verifications for each in survivors]
+    measured, whole, verifying = [], [], []
     for name, config in configs.items():
         timed, halvings = probed.timed[name], probed.halvings[name]
         steps = spec.budget.per_trial.total_steps(rows, config.batch_size)
@@ -99,16 +101,19 @@ def told(
             f"{name}: {timed.step:.3f} s a step, {timed.evaluation:.2f} s an evaluation; {steps:,} steps and"
             f" {len(survivors)} evaluations take {alone / 60:,.1f} min{fitted}"
         )
-        whole.append(probed.imports + sweep_seconds(timed, steps, survivors, places, probed.gain))
+        search, both = (sweep_seconds(timed, steps, each, places, probed.gain) for each in (survivors, longer))
+        whole.append((probed.imports + both) / 3600)
+        verifying.append((both - search) / 3600)
     any_of = next(iter(probed.timed.values()))
     starts = f"a process starts in {probed.imports + any_of.start:.0f} s"
     at_a_time = f"{probed.at_a_time} trials at a time"
     if probed.slots > 1:
         at_a_time += f", {probed.slots} in a process, {probed.gain:.1f} times as fast as one after the other"
-    low, high = min(whole) / 3600, max(whole) / 3600
+    low, high = min(whole), max(whole)
+    of_which = f", {min(verifying):.2f} to {max(verifying):.2f} of them verification" if spec.verify else ""
     lines = {
         "probe": [f"{any_of.device}, one trial alone; {starts}", *measured],
-        "hours": [f"{low:.2f} to {high:.2f} on this machine, {at_a_time}"],
+        "hours": [f"{low:.2f} to {high:.2f}{of_which}, on this machine, {at_a_time}"],
     }
     if (per_hour := spec.cost.per_hour) is not None:
         lines["cost"] = [f"{money(low * per_hour)} to {money(high * per_hour)}, at {per_hour:g} an hour"]
@@ -116,6 +121,8 @@ def told(
         "every trial takes as long as one of these, and early stopping lets through what is expected above;",
         "trials side by side do not slow each other, and no place is empty before the end",
     ]
+    if spec.metric is not None or (spec.data is not None and spec.data.test is not None):
+        lines["assumed"].append("what scoring the winner takes comes to it")
     return lines
 
 

@@ -272,6 +272,11 @@ class SweepSpec(Section):
         return Criterion(name, maximized=self.objective.direction == "maximize")
 
     @property
+    def verifications(self) -> int:
+        """Whole trials that follow the search."""
+        return 0 if self.verify is None else min(self.verify.top, self.search.trials) * self.verify.seeds
+
+    @property
     def completions(self) -> int:
         """Answers that are written at each evaluation, when there are so many validation rows."""
         return 0 if self.objective is None else self.objective.rows

@@ -5,15 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import name2qmap
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Gemma2Config, GPT2Config
 
+from sweep import plan as plans
 from sweep.early_stopping import survivors
 from sweep.plan import largest_micro_batch
-from sweep.spec import EarlyStopping
+from sweep.spec import EarlyStopping, load
 from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_opt
 from trainables import data, memory, model
@@ -122,6 +124,52 @@ def test_models_of_other_kinds(tmp_path):
         assert memory.estimate(model, QLoRAConfig(r=8), 2, 16, 10).activations > 0
 
 
+def test_rows_and_how_many_are_cut_off(models, inputs, tmp_path):
+    rows = DataConfig(train=f"{inputs}/train.jsonl", validation=0.25, max_length=15)
+    prepared = data.prepare(rows, models["llama"], tmp_path)
+    lengths = np.diff(data.load(prepared.path).train.offsets)
+    found = plans.splits(prepared)
+    assert list(found) == ["train", "validation"]
+    split = found["train"]
+    assert (split.rows, split.tokens, split.median) == (len(lengths), sum(lengths), sorted(lengths)[23])
+    assert np.mean(lengths <= split.most) >= 0.95 > np.mean(lengths < split.most)
+    assert 0 < split.cut_off == prepared.cut_off["train"] < split.rows
+    told = next(plans._data(prepared))
+    assert f"{split.rows:,} rows, {split.tokens:,} tokens; a row has {split.median} (median), 95 % have at most" in told
+    assert told.endswith(f"{split.cut_off} of them ({split.cut_off / split.rows:.1%}) cut off")
+
+
+def test_room_and_what_does_not_fit():
+    told = list(plans._room(3_000_000_000, 600_000_000, "a CPU", 10_000_000_000))
+    assert told[0] == "a CPU with 10.0 GB: 3 of the heaviest trials fit, each in a process of its own"
+    assert "takes 0.6 GB besides" in told[1]
+    (told,) = plans._room(3_000_000_000, 600_000_000, "a CPU", 2_999_999_999)
+    assert "the heaviest trials do not fit" in told
+    configs = [QLoRAConfig(r=r, batch_size=rows, alpha=r) for rows in (1, 2, 4) for r in (8, 16)]
+    looked = []
+
+    def fits(config: QLoRAConfig) -> bool:
+        looked.append(config)
+        return config.batch_size * config.r <= 16
+
+    (told,) = plans._too_large(configs, fits, ["r", "batch_size"])
+    assert told == "3 of 6 drawn from the space do not fit, the lightest of them r16 b2"
+    assert len(looked) < len(configs)
+
+
+def test_bytes_on_disk(inputs, tmp_path):
+    (tmp_path / "rows.npy").write_bytes(bytes(2_000_000))
+    space = tmp_path / "tiny.yaml"
+    space.write_text(SPEC.format(inputs=inputs))
+    spec = load(space, ["verify={top: 4}", "checkpoint.keep=2"])
+    told = list(plans._disk(spec, 10_000_000, 8_000_000, tmp_path))
+    assert told[0] == "80 MB with a trial at a time, 30 more for each beside it:"  # (4 + 3) of 10, 8 and 2
+    assert told[1].startswith("checkpoints of 10.0 at most, 4 of ended trials, up to 3")
+    same, other = (1_000_000, 8), (2_500_000, 16)
+    assert list(plans._adapters(same, same)) == ["1.00 M parameters with r 8: 4.0 MB"]
+    assert list(plans._adapters(same, other))[1] == "2.50 M parameters with r 16: 10.0 MB"
+
+
 def test_who_reaches_which_evaluation():
     assert survivors(27, 9, EarlyStopping(grace=1, reduction=3)) == [27, 9, 9, 3, 3, 3, 3, 3, 3]
     assert survivors(12, 3, None) == [12, 12, 12]
@@ -151,12 +199,15 @@ def test_a_plan_starts_nothing_and_says_what_the_sweep_then_does(inputs, tmp_pat
     )
     assert len(seconds) == 2
     assert all(float(step) > 0 for step, _ in seconds)
-    assert re.search(r"hours +0\.\d+ to 0\.\d+ on this machine, \d+ trials at a time\ncost +", told.stdout)
+    assert re.search(r"hours +0\.\d+ to 0\.\d+, on this machine, \d+ trials at a time\ncost +", told.stdout)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.yaml"]
     assert "train: 64 rows" in told.stdout
     assert "16 of 8 rows are 2.00 epochs; validation after 5, 11, 16" in told.stdout
     assert "9, proposed by random" in told.stdout
     assert "expected to reach evaluations 1 to 3: 9, 3, 3 (ASHA; 56% of all training)" in told.stdout
+    assert re.search(r"base +0\.\d M parameters: \d\.\d MB in 16 bits, \d\.\d in 32", told.stdout)
+    assert re.search(r"^ +\d\.\d MB in nf4 with the rest in fp32$", told.stdout, re.MULTILINE)
+    assert told.stdout.endswith(f"Run it with: python -m sweep run {space} --set cost.per_hour=2\n")
     assert "lightest" in told.stdout
     assert "heaviest" in told.stdout
     planned = [line.split(maxsplit=1)[1].strip() for line in told.stdout.splitlines() if line.startswith(" 00")]

@@ -145,30 +145,37 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         console.print(f"The same command goes on: {again}", highlight=False, soft_wrap=True)
         return EXIT_FAILED
     if outcome.cause == "signal":
-        done = report.standing(outcome.ledger.entries(), spec.search.trials)
-        if (verified := verification.result(outcome.ledger)) and verified.left:
-            done += f", {counted(verified.left, 'run')} of the verification left"
+        verified = verification.result(outcome.ledger)
+        done = report.standing(outcome.ledger.entries(), spec.search.trials, verified.left if verified else 0)
         farewell = f"Preempted by {outcome.reason}: {done}.\nThe same command goes on: {again}"
         console.print(farewell, highlight=False, soft_wrap=True)
         if console.quiet:
             with suppress(OSError):  # where standard error goes the same way
                 print(farewell, file=sys.stderr)
         return EXIT_PREEMPTED
+    root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
+
+    def command(verb: str) -> str:
+        return shlex.join(["python", "-m", "sweep", verb, root])
+
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds, spec.cost.per_hour)
     _report_at_the_end(outcome, spec, console)
     if outcome.winner is not None:
         what = "configuration" if spec.trainable == "toy" else "adapter"
         console.print(f"The best {what} is in {outcome.place.url}/best", highlight=False, soft_wrap=True)
     if outcome.kept_offline:
-        root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
-        upload, one = shlex.join(["python", "-m", "sweep", "sync", root]), outcome.kept_offline == 1
+        one = outcome.kept_offline == 1
         console.print(
             f"{counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
-            f" upload {'it' if one else 'them'} with: {upload}",
+            f" upload {'it' if one else 'them'} with: {command('sync')}",
             highlight=False,
             soft_wrap=True,
         )
-    for line in verification.advice(verification.result(outcome.ledger), outcome.ledger.criterion, outcome.place):
+        console.print(f"Then lay them out in W&B with: {command('workspace')}", highlight=False, soft_wrap=True)
+    home = verification.advice(verification.result(outcome.ledger), outcome.ledger.criterion, outcome.place)
+    if outcome.winner is not None and outcome.cause is None and spec.model is not None and not home:
+        home = [f"Take the winner home with: {command('export')}"]
+    for line in home:
         console.print(line, highlight=False, soft_wrap=True)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
@@ -275,8 +282,9 @@ def sync(
     from sweep.place import Place
     from sweep.sync import Refused, upload
 
+    place = Place.at(sweep)
     try:
-        outcome = upload(Place.at(sweep))
+        outcome = upload(place)
     except Refused as error:
         raise typer.Exit(_wrong_input(error)) from error
     for reason in dict.fromkeys(outcome.failed.values()):
@@ -286,6 +294,8 @@ def sync(
     print(f"W&B has {complete} of {outcome.runs} runs of {sweep}, {len(outcome.sent)} of them sent now.")
     if outcome.failed:
         raise typer.Exit(EXIT_FAILED)
+    if outcome.runs:
+        print(f"Lay them out in W&B with: {place.command('workspace')}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from optuna.trial import TrialState
 
 from sweep.place import Place
 from sweep.report import UNSCORED, conclusion
@@ -192,7 +193,11 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
     if number is not None and not any(entry.number == number for entry in entries):
         raise NotKept(f"there is no trial {number}; {place.url} has {counted(len(entries), 'trial')}")
     complaints: list[str] = []
-    wanted = [entry for entry in entries if number in (None, entry.number) and (entry.best or entry.unscored)]
+    asked = [entry for entry in entries if number in (None, entry.number)]
+    wanted = [entry for entry in asked if entry.best or entry.unscored]
+    if asked and all(entry.state is TrialState.FAIL for entry in asked) and not wanted:
+        who = f"all trials ({len(asked)}) failed" if number is None else f"trial {number} failed"
+        raise NotKept(f"{place.url}: {who} before an evaluation; why is told by: {place.command('status')}")
     found = _best_intact(wanted, place, complaints.append)
     if found is None:
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]

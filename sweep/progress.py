@@ -8,17 +8,20 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
 from optuna.trial import TrialState
 from rich import box, console
+from rich.cells import cell_len
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from sweep.forecast import duration, forecast
+from sweep.forecast import Forecast, duration, forecast
 from sweep.report import standing, verdict
-from sweep.spec import EarlyStopping
+from sweep.spec import EarlyStopping, Verify
 from sweep.study import STATES, Entry
 from sweep.tracking import described
 from sweep.validation import counted
@@ -40,7 +43,10 @@ def terminal() -> Console:
 
 BARS = "▁▂▃▄▅▆▇█"
 ENDED_SHOWN = 12
-"""Rows of ended trials in the live table: the best of them."""
+"""Rows of ended trials, the best of them, where no height says how many."""
+CONFIGURATION = "configuration"
+LEAST_WIDTH = 20
+"""Of the column of configurations, as long as there are others to be left out."""
 SUMMARY_SECONDS = 60.0
 """At least so long apart are lines on the whole sweep, where there is no table."""
 
@@ -68,12 +74,16 @@ class Progress:
     evaluations: int
     """`budget.evaluations`."""
     rule: EarlyStopping | None = None
+    verify: Verify | None = None
+    _search: Sequence[Entry] | None = None
+    """The search's trials, once those of its verification are shown."""
+    _verifications: int = 0
+    """How many these are."""
     _entries: dict[int, Entry] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _live: Live | None = None
     _told: set[str] = field(default_factory=set)
-    _verifies: bool = False
     _summed_up: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "Progress":
@@ -95,18 +105,23 @@ class Progress:
             self._told.add(line)
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    @property
+    def _asked(self) -> int:
+        """How many trials there are to be of those that are shown."""
+        return self.trials if self._search is None else self._verifications
+
     def resumed(self, entries: Sequence[Entry]) -> None:
         self._entries = {entry.number: entry for entry in entries}
         done = sum(entry.state is not TrialState.RUNNING for entry in entries)
         unfinished = len(entries) - done
-        goes_on = "The sweep goes on" if unfinished or done < self.trials else "Nothing is left to do"
+        goes_on = "The sweep goes on" if unfinished or done < self._asked else "Nothing is left to do"
         begun = f"{unfinished} unfinished, " if unfinished else ""
-        self.note(f"{goes_on}: {counted(done, 'trial')} done, {begun}{self.trials} asked for.")
+        self.note(f"{goes_on}: {counted(done, 'trial')} done, {begun}{self._asked} asked for.")
 
     def verifying(self, trials: int) -> None:
-        self.trials, self.rule, self.searched = trials, None, (*self.searched, "seed")
-        self._entries, self._rows, self._verifies = {}, {}, True
-        self.note(f"Verification: {trials} trials, numbered anew, of the best configurations with other seeds")
+        self._search, self._verifications = list(self._entries.values()), trials
+        self._entries, self._rows, self.searched = {}, {}, ("seed", *self.searched)
+        self.note(verification_heading(trials))
 
     def started(self, entry: Entry) -> None:
         again = " again" if entry.cost.steps or entry.losses else ""
@@ -144,38 +159,114 @@ class Progress:
         if time.monotonic() - self._summed_up > SUMMARY_SECONDS:
             self._summed_up = time.monotonic()
             entries = list(self._entries.values())
-            seconds = forecast(entries, self.trials, self.evaluations, self.rule).seconds
-            self._say(f"{standing(entries, self.trials)}{f', about {duration(seconds)} left' if seconds else ''}")
+            seconds = self._outlook(entries).whole.seconds
+            self._say(f"{standing(entries, self._asked)}{f', about {duration(seconds)} left' if seconds else ''}")
 
     def _say(self, line: str) -> None:
         if not self._live:
             self.console.print(f"{time.monotonic() - self._began:7.1f} s  {line}", highlight=False, soft_wrap=True)
 
+    def _outlook(self, entries: Sequence[Entry], since: Mapping[int, float] | None = None) -> "Outlook":
+        """`entries` are those that are shown."""
+        if self._search is None:
+            to_come = to_verify(self.verify, entries, self.trials)
+            return outlook(entries, self.trials, self.evaluations, self.rule, [], to_come, since)
+        return outlook(self._search, self.trials, self.evaluations, self.rule, entries, self._asked, since)
+
     def table(self) -> Group:
-        """How far the sweep is, above the trials; the best so far and the load of the machine below."""
+        """How far the sweep is, the best so far and the load of the machine, above as many trials as the terminal is
+        high: should it be too low for all that, the last of them are cut off."""
         now, entries = time.monotonic(), sorted(list(self._entries.values()), key=lambda entry: entry.number)
         done = sum(entry.state is not TrialState.RUNNING for entry in entries)
         rows = dict(self._rows)  # which the driver's thread goes on changing
         since = {number: now - row.since for number, row in rows.items() if row.since is not None}
-        ahead = forecast(entries, self.trials, self.evaluations, self.rule, since)
+        ahead = self._outlook(entries, since)
+        of_what = "" if self._search is None else " of the verification"
         head = Table.grid(padding=(0, 1))
         head.add_row(
-            ProgressBar(total=1.0, completed=ahead.share, width=20),
-            f"{ahead.share:.0%}, {done} of {counted(self.trials, 'trial')} done in {duration(now - self._began)},"
-            f" time left {duration(ahead.seconds)}",
+            ProgressBar(total=1.0, completed=ahead.whole.share, width=20),
+            f"{ahead.whole.share:.0%}, {done} of {counted(self._asked, 'trial')}{of_what} done in"
+            f" {duration(now - self._began)}, time left {duration(ahead.whole.seconds)}",
         )
         speeds = {number: row.tokens_per_second for number, row in rows.items()}
         loads = [row.gpu_load for row in rows.values() if row.gpu_load is not None]
         memory = max((row.peak_memory for row in rows.values()), default=0)
-        return Group(
-            head,
-            overview(entries, self.searched, self.evaluations, speeds, ahead.of_trial),
-            *([] if self._verifies else verdict(entries)),
-            *machine(memory, sum(loads) / len(loads) if loads else None),
-        )
+        load = machine(memory, sum(loads) / len(loads) if loads else None)
+        lines = [one_line(line) for line in [*verdict(entries if self._search is None else self._search), *load]]
+        left = ahead.whole.of_trial if self._search is None else ahead.of_verification
+
+        def frame(most: int) -> Group:
+            trials = overview(self.console, entries, self.searched, self.evaluations, speeds, left, most=most)
+            return Group(head, *lines, trials)
+
+        room = self.console.height - len(self.console.render_lines(frame(0)))
+        return frame(max(1, room))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is left of a sweep with its verification."""
+
+    whole: Forecast
+    """Of both; `of_trial` has trials of the search."""
+    of_verification: Mapping[int, float]
+    """As `of_trial`, of its trials."""
+
+
+def outlook(
+    search: Sequence[Entry],
+    trials: int,
+    evaluations: int,
+    rule: EarlyStopping | None,
+    verifying: Sequence[Entry],
+    verifications: int,
+    since: Mapping[int, float] | None = None,
+) -> Outlook:
+    """What is left of a search of so many `trials` and of its verification by so many, of which none is stopped early;
+    the others are as for `forecast`.
+
+    Until the verification has evaluations of its own, its parts of the budget take as long as those of the search did,
+    and as many trials are trained at a time.
+    """
+    runs, running = ([e for e in part if e.state is TrialState.RUNNING] for part in (search, verifying))
+    if running and not runs:
+        trials = len(search)  # fewer than were asked for, when the space was exhausted
+    first = forecast(search, trials, evaluations, rule, since)
+    then = forecast(verifying, verifications, evaluations, None, since)
+    before, done = (sum(max(entry.reported, 0) for entry in part) for part in (search, verifying))
+    left = (verifications - len(verifying) + len(running)) * max(evaluations, 1)
+    left -= sum(max(entry.reported, 0) for entry in running)
+    seconds = then.seconds if left else 0.0
+    timed = [entry for entry in search if entry.reported > 0 and entry.cost.elapsed > 0]
+    at_a_time = min(len(running or runs), verifications)
+    if seconds is None and timed and at_a_time:
+        pace = sum(entry.cost.elapsed for entry in timed) / sum(entry.reported for entry in timed)
+        seconds = left * pace / at_a_time
+    share = (before + done) / (before / first.share + done + left) if before and verifications else first.share
+    total = None if first.seconds is None or seconds is None else first.seconds + seconds
+    return Outlook(Forecast(share, total, first.of_trial), then.of_trial)
+
+
+def to_verify(verify: Verify | None, search: Sequence[Entry], trials: int) -> int:
+    """Trials that are to verify a search of so many `trials`, as far as it is known yet."""
+    if verify is None:
+        return 0
+    fit = {e.config.model_copy(update={"seed": 0}) for e in search if e.best or e.state is TrialState.RUNNING}
+    return verify.seeds * min(verify.top, len(fit) + max(0, trials - len(search)))
+
+
+def verification_heading(trials: int) -> str:
+    """Above the trials of a verification."""
+    return f"Verification: {trials} trials, numbered anew, of the best configurations with other seeds"
+
+
+def one_line(text: str) -> Text:
+    """Cut short where there is no room for it."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def overview(
+    screen: console.Console,
     entries: Sequence[Entry],
     searched: Sequence[str],
     evaluations: int,
@@ -183,41 +274,60 @@ def overview(
     seconds_left: Mapping[int, float],
     *,
     alive: bool = True,
-) -> Table:
-    """A row for each running trial, below the best of those that have ended.
+    most: int | None = None,
+) -> Group:
+    """A line for each running trial, then for those that have ended, best first.
 
     `speeds` are tokens per second by trial; where there is none, that of all the trial's time is shown. `seconds_left`
-    are those of running trials, if nothing stops them. `alive`: what runs by the ledger does run.
+    are those of running trials, if nothing stops them. `alive`: what runs by the ledger does run. There are at most
+    `most` trials, or else `ENDED_SHOWN` that have ended, and as many columns as the screen is wide enough for.
     """
     ranked = sorted(entries, key=lambda entry: entry.best[1] if entry.best else math.inf)
     running = [entry for entry in ranked if entry.state is TrialState.RUNNING]
     ended = [entry for entry in ranked if entry.state is not TrialState.RUNNING]
+    shown = [*running, *ended][: len(running) + ENDED_SHOWN if most is None else most]
     curves = {e.number: [e.criterion.turned(o) for n, o in sorted(e.objectives.items()) if n > 0] for e in entries}
     scale = sorted(value for curve in curves.values() for value in curve)
     values = "losses" if all(entry.criterion.is_loss for entry in entries) else "values"
-    table = Table(title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("trial", "configuration", "state", "eval.", values, "newest", "best", "tokens/s", "left"):
-        left = heading in ("configuration", "state", values)
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "configuration")
-    for entry in [*ended[:ENDED_SHOWN], *running]:
+
+    def cells(entry: Entry) -> dict[str, str]:
         runs = entry.state is TrialState.RUNNING
         newest = entry.objectives.get(entry.reported)
         speed = speeds.get(entry.number) or (entry.cost.tokens / entry.cost.seconds if entry.cost.seconds else 0.0)
-        table.add_row(
-            f"{entry.number:03d}",
-            described(entry.config, searched),
-            "unfinished" if runs and not alive else STATES[entry.state],
-            f"{max(entry.reported, 0)}/{evaluations}",
-            sparkline(curves[entry.number], scale),
-            "" if newest is None else entry.criterion.text(newest),
-            "" if entry.best is None else entry.criterion.text(entry.best[1]),
-            f"{speed:,.0f}" if speed else "",
-            duration(seconds_left.get(entry.number)) if runs else "",
-            style="bold" if runs and alive else None,
-        )
-    if (left_out := len(ended) - ENDED_SHOWN) > 0:
-        table.caption = f"left out: {counted(left_out, 'ended trial')} with {ended[0].criterion.worse} {values}"
-    return table
+        return {
+            "trial": f"{entry.number:03d}",
+            CONFIGURATION: described(entry.config, searched),
+            "state": "unfinished" if runs and not alive else STATES[entry.state],
+            "eval.": f"{max(entry.reported, 0)}/{evaluations}",
+            values: sparkline(curves[entry.number], scale),
+            "newest": "" if newest is None else entry.criterion.text(newest),
+            "best": "" if entry.best is None else entry.criterion.text(entry.best[1]),
+            "tokens/s": f"{speed:,.0f}" if speed else "",
+            "left": duration(seconds_left.get(entry.number)) if runs else "",
+        }
+
+    rows = [cells(entry) for entry in shown]
+
+    def drawn(headings: Sequence[str]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for heading in headings:
+            side: Literal["left", "right"] = "left" if heading in (CONFIGURATION, "state", values) else "right"
+            table.add_column(one_line(heading), justify=side, no_wrap=heading != CONFIGURATION)  # that gives way
+        for entry, row in zip(shown, rows, strict=True):
+            runs = alive and entry.state is TrialState.RUNNING
+            table.add_row(*(one_line(row[heading]) for heading in headings), style="bold" if runs else None)
+        return table
+
+    headings = ["trial", CONFIGURATION, "state", "eval.", values, "newest", "best", "tokens/s", "left"]
+    longest = max(cell_len(text) for text in [CONFIGURATION, *(row[CONFIGURATION] for row in rows)])
+    room = screen.width + max(0, longest - LEAST_WIDTH)
+    for spare in ("tokens/s", "newest", values, "state", "left"):  # the least needed first
+        if screen.measure(drawn(headings), options=screen.options.update(width=10 * room)).maximum > room:
+            headings.remove(spare)
+    left_out = {"running trial": max(0, len(running) - len(shown))}
+    left_out["ended trial"] = len(entries) - len(shown) - left_out["running trial"]
+    more = " and ".join(counted(number, what) for what, number in left_out.items() if number)
+    return Group(drawn(headings), *([one_line(f"and {more} more")] if more else []))
 
 
 def machine(memory: int, gpu_load: float | None) -> list[str]:

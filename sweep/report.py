@@ -92,13 +92,15 @@ def show(
             *([money(priced[entry.number])] if priced else []),
         )
     console.print(table)
-    for entry in entries:
-        if entry.state is TrialState.FAIL:
-            console.print(f"trial {entry.number:03d} failed: {entry.reason}", highlight=False, soft_wrap=True)
-    for line in [*conclusion(ledger), *scoring.trouble(ledger), *bill(ledger, per_hour)]:
+    for line in [*failures(entries), *conclusion(ledger), *scoring.trouble(ledger), *bill(ledger, per_hour)]:
         console.print(line, highlight=False, soft_wrap=True)
     took = f"this run took {seconds / 60:.1f} minutes"  # the trials may be of earlier ones
     console.print(f"{counted(len(entries), 'trial')}; {took}", highlight=False)
+
+
+def failures(entries: Sequence[Entry]) -> list[str]:
+    """Why trials failed, a line each."""
+    return [f"trial {entry.number:03d} failed: {entry.reason}" for entry in entries if entry.state is TrialState.FAIL]
 
 
 def conclusion(ledger: Ledger) -> list[str]:
@@ -149,7 +151,7 @@ def cut_short(entry: Entry) -> str:
     return f", {STATES[entry.state]} after evaluation {entry.reported}"
 
 
-def standing(entries: Sequence[Entry], trials: int) -> str:
+def standing(entries: Sequence[Entry], trials: int, verifications_left: int = 0) -> str:
     """How far a sweep of so many trials has come, in half a sentence."""
     done = sum(entry.state is not TrialState.RUNNING for entry in entries)
     ranked = ranking(entries)
@@ -159,7 +161,8 @@ def standing(entries: Sequence[Entry], trials: int) -> str:
         criterion = ranked[0].criterion
         value = criterion.text(ranked[0].best[1])
         best = f", the best {criterion.short} so far is {value} (trial {ranked[0].number:03d})"
-    return f"{done} of {counted(trials, 'trial')} {'is' if trials == 1 else 'are'} done{best}"
+    left = f", {counted(verifications_left, 'run')} of the verification left" if verifications_left else ""
+    return f"{done} of {counted(trials, 'trial')} {'is' if trials == 1 else 'are'} done{best}{left}"
 
 
 def any_finished(entries: Sequence[Entry]) -> bool:

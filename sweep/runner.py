@@ -138,8 +138,8 @@ def run(
     OSError where the machine does not do what it should.
     """
     if listener is None:
-        budget, rule = spec.budget, spec.early_stopping or None
-        with Progress(terminal(), spec.space.searched, spec.search.trials, budget.evaluations, rule) as progress:
+        trials, evaluations, rule = spec.search.trials, spec.budget.evaluations, spec.early_stopping or None
+        with Progress(terminal(), spec.space.searched, trials, evaluations, rule, spec.verify) as progress:
             return run(spec, address=address, listener=progress, again=again, leave_ray=leave_ray)
     if threading.current_thread() is not threading.main_thread():
         raise Refused("a sweep takes over SIGTERM and SIGINT, as only the main thread of a process can: call it there")

@@ -2,19 +2,21 @@
 
 import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import TrialState
 from rich.console import Console
 
 from sweep import report, scoring, verification
 from sweep import spec as specs
-from sweep.forecast import Forecast, duration, forecast
+from sweep.forecast import duration
 from sweep.place import Place
-from sweep.progress import machine, overview
-from sweep.requests import Request, waiting
+from sweep.progress import Outlook, machine, outlook, overview, to_verify, verification_heading
+from sweep.requests import COMMAND, Request, waiting
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import STATES, Entry, Ledger, ranking, read_journal, read_url
 from trainables import data
@@ -39,11 +41,38 @@ class Status:
     waiting: Sequence[Request] = ()
     """What was asked for and not done yet."""
 
+    @cached_property
+    def verifying(self) -> Sequence[Entry]:
+        """Trials that verify the winner."""
+        ledger = self.ledger.verification()
+        return [] if ledger is None else ledger.entries()
+
     @property
-    def forecast(self) -> Forecast:
+    def verifications(self) -> int:
+        """How many of these there are to be."""
+        expected = to_verify(self.spec.verify, self.entries, self.spec.search.trials)
+        ledger = self.ledger.verification()
+        return max(expected, 0 if ledger is None else ledger.noted("trials") or 0)
+
+    @property
+    def outlook(self) -> Outlook:
         """What is left, as of the newest evaluations."""
-        spec = self.spec
-        return forecast(self.entries, spec.search.trials, spec.budget.evaluations, spec.early_stopping or None)
+        trials, rule = self.spec.search.trials, self.spec.early_stopping or None
+        evaluations = self.spec.budget.evaluations
+        return outlook(self.entries, trials, evaluations, rule, self.verifying, self.verifications)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial is left to do."""
+        runs = any(entry.state is TrialState.RUNNING for entry in [*self.entries, *self.verifying])
+        begun = len(self.entries) >= self.spec.search.trials and len(self.verifying) >= self.verifications
+        return begun and not runs
+
+    @property
+    def command(self) -> str | None:
+        """What goes on with it; None where that was not written down."""
+        command: str | None = self.ledger.noted(COMMAND)
+        return command
 
     @property
     def memory(self) -> int:
@@ -194,18 +223,27 @@ def show(console: Console, status: Status) -> None:
     searched, trials, evaluations = spec.space.searched, spec.search.trials, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
     console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
-    ahead = status.forecast
+    ahead, alive = status.outlook, status.driver is not None
     if entries:
-        console.print(overview(entries, searched, evaluations, {}, ahead.of_trial, alive=status.driver is not None))
+        console.print(overview(console, entries, searched, evaluations, {}, ahead.whole.of_trial, alive=alive))
+    for line in report.failures(entries):
+        console.print(line, highlight=False, soft_wrap=True)
+    if fresh := status.verifying:
+        console.print(verification_heading(status.verifications), highlight=False, soft_wrap=True)
+        seeded = ("seed", *searched)
+        console.print(overview(console, fresh, seeded, evaluations, {}, ahead.of_verification, alive=alive))
+    for line in report.failures(fresh):
+        console.print(f"verification, {line}", highlight=False, soft_wrap=True)
     machines = machine(status.memory, status.gpu_load)
     advice = verification.advice(verification.result(status.ledger), status.ledger.criterion, status.place)
     bill = report.bill(status.ledger, spec.cost.per_hour)
     for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill]:
         console.print(line, highlight=False, soft_wrap=True)
-    left = (
-        f", about {duration(ahead.seconds)} left{'' if status.driver else ', once it goes on'}" if ahead.seconds else ""
-    )
-    console.print(f"{report.standing(entries, trials)}{left}.", highlight=False)
+    seconds, to_verify_yet = ahead.whole.seconds, status.verifications - sum(e.state.is_finished() for e in fresh)
+    left = f", about {duration(seconds)} left{'' if alive else ', once it goes on'}" if seconds else ""
+    console.print(f"{report.standing(entries, trials, to_verify_yet)}{left}.", highlight=False)
+    if status.command and not alive and not status.is_done:
+        console.print(f"It goes on with: {status.command}", highlight=False, soft_wrap=True)
     for request in status.waiting:
         console.print(f"Asked for, and not done yet: {request}", highlight=False)
 
@@ -213,12 +251,13 @@ def show(console: Console, status: Status) -> None:
 def as_json(status: Status) -> dict[str, Any]:
     """The same as plain values; seconds, bytes, losses by evaluation, and `cost` in the currency of `cost.per_hour`."""
     best = next(iter(ranking(status.entries)), None)
-    default, ahead = report.usual_default(status.entries), status.forecast
+    default, ahead = report.usual_default(status.entries), status.outlook
     criterion, base = status.ledger.criterion, report.base(status.entries)
     return {
         "name": status.spec.name,
         "place": status.place.url,
         "driver": status.driver,
+        "command": status.command,
         "asked_for": status.spec.search.trials,
         "evaluations": status.spec.budget.evaluations,
         "objective": {"name": criterion.name, "direction": "maximize" if criterion.maximized else "minimize"},
@@ -229,13 +268,14 @@ def as_json(status: Status) -> dict[str, Any]:
         "base_value": None if base is None else criterion.turned(base),
         "best_value": best and _value(best),
         "default_value": default and _value(default),
-        "share_done": ahead.share,
-        "seconds_left": ahead.seconds,
+        "share_done": ahead.whole.share,
+        "seconds_left": ahead.whole.seconds,
         "peak_memory": status.memory,
         "gpu_load": status.gpu_load,
         "cost": report.spent(status.ledger, status.spec.cost.per_hour),
         "waiting": [str(request) for request in status.waiting],
-        "verification": (verified := verification.result(status.ledger)) and asdict(verified),
+        "verification": (verified := verification.result(status.ledger))
+        and asdict(verified) | {"trials": _verification_records(status)},
         "scores": (scored := scoring.scores(status.ledger)) and asdict(scored),
         "trials": records(status),
     }
@@ -248,8 +288,21 @@ def records(status: Status) -> list[dict[str, Any]]:
     searched for, which is the loss unless there is an `objective`, `seconds` of steps and evaluations, `peak_memory` in
     bytes, `cost` in the currency of `cost.per_hour`, None without that. Best is the evaluation with the best value.
     """
-    left, prices = status.forecast.of_trial, report.prices(status.ledger, status.spec.cost.per_hour)
-    return [_record(entry, left.get(entry.number), prices.get(entry.number)) for entry in status.entries]
+    return _records(status.ledger, status.entries, status.outlook.whole.of_trial, status.spec.cost.per_hour)
+
+
+def _verification_records(status: Status) -> list[dict[str, Any]]:
+    """The same of the trials that verify the winner."""
+    ledger = status.ledger.verification()
+    left, per_hour = status.outlook.of_verification, status.spec.cost.per_hour
+    return [] if ledger is None else _records(ledger, status.verifying, left, per_hour)
+
+
+def _records(
+    ledger: Ledger, entries: Sequence[Entry], seconds_left: Mapping[int, float], per_hour: float | None
+) -> list[dict[str, Any]]:
+    prices = report.prices(ledger, per_hour)
+    return [_record(entry, seconds_left.get(entry.number), prices.get(entry.number)) for entry in entries]
 
 
 def _record(entry: Entry, seconds_left: float | None, cost: float | None) -> dict[str, Any]:

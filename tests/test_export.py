@@ -1,6 +1,7 @@
 """The best adapter of a running sweep, as a Hub on loopback gets it."""
 
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,3 +187,17 @@ def test_of_a_trial_on_all_rows_nothing_intact_is_tidied_away(tmp_path):
     assert checkpoint.newest(trial, told.append).step == 1
     assert export.export_best(ledger, place, "llama", None, told.append) is None
     assert told[-1] == ("trial 000 lacks its last checkpoint, which is damaged or gone: nothing goes into best/")
+
+
+def test_where_all_failed_nothing_is_kept_and_that_is_said(sweep):
+    for number in range(2):
+        sweep.ledger.fail(number, "training loss is nan at step 1")
+    place = Place.at(str(sweep.root))
+    why = f"failed before an evaluation; why is told by: {re.escape(place.command('status'))}$"
+    with pytest.raises(export.NotKept, match=rf"all trials \(2\) {why}"):
+        export.chosen(place, sweep.ledger.entries(), None)
+    with pytest.raises(export.NotKept, match=f"trial 1 {why}"):
+        export.chosen(place, sweep.ledger.entries(), 1)
+    add_trial(sweep.ledger)
+    with pytest.raises(export.NotKept, match="no trial has an intact checkpoint of an evaluation"):
+        export.chosen(place, sweep.ledger.entries(), None)

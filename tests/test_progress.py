@@ -5,8 +5,11 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.live_render import LiveRender
 
-from sweep.progress import Progress
+from sweep import verification
+from sweep.progress import Progress, to_verify
+from sweep.spec import Verify
 from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost, Evaluation, Slice, Step
 
@@ -79,3 +82,102 @@ def test_live_table(width):
     assert "memory of the largest process 2.0 GB" in plain(shown)
     assert "GPU" not in shown
     assert "started" not in shown  # the table stands for the lines
+
+
+SEARCHED = ("r", "quant_type", "compute_dtype", "learning_rate", "warmup_ratio", "alpha")
+"""As in search_spaces/pricer.yaml."""
+
+
+def seen(progress: Progress) -> list[str]:
+    """What the terminal shows of the live table: rich cuts off what is too high for it."""
+    with progress.console.capture() as shown:
+        progress.console.print(LiveRender(progress.table()))
+    return plain(shown.get()).splitlines()
+
+
+def crowded(width: int, height: int, ended: int, running: int) -> list[str]:
+    """The live table of so many trials, of which the first, the usual default, has the highest loss."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, markup=False)
+    progress, ledger = Progress(console, SEARCHED, trials=24, evaluations=3), memory_ledger()
+    for number in range(ended + running):
+        progress.started(ledger.entry(add_trial(ledger, learning_rate=2e-4 + number * 1e-6, warmup_ratio=0.123)))
+        ledger.report(number, 0, 5.0)
+        ledger.report(number, 1, 2.0 - number / 100)
+        ledger.spend(number, Cost(elapsed=60.0))
+        progress.advanced(ledger.entry(number), Slice((), Evaluation(1, 4, 2.0), None, False, 2 * 10**9))
+        if number < ended:
+            ledger.complete(number)
+            progress.ended(ledger.entry(number))
+    return seen(progress)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 24), (40, 24), (80, 16)])
+def test_what_runs_and_the_verdict_are_seen_on_any_terminal(width, height):
+    lines = crowded(width, height, ended=12, running=4)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines)
+    told = ["━━ 33%", "base model            5.0000", "usual default         2.0000", "winner                1.8500"]
+    for part in told:
+        assert part in shown
+    rows = [int(found[1]) for line in lines if (found := re.match(r" +(\d{3})  r16 nf4", line))]
+    assert rows[:4] == [15, 14, 13, 12]  # those that run
+    assert rows[4:] == list(range(11, 15 - len(rows), -1))  # the best of the others, a line each
+    assert lines[-1] == f"and {16 - len(rows)} ended trials more"
+
+
+def test_a_wide_and_high_terminal_leaves_nothing_out():
+    lines = crowded(160, 50, ended=16, running=4)
+    assert sum("r16 nf4 bf16 lr2" in line and "wu0.123 a32" in line for line in lines) == 20
+    assert "more" not in lines[-1]
+    assert "tokens/s" in "\n".join(lines)
+
+
+def test_more_running_trials_than_lines():
+    lines = crowded(80, 24, ended=2, running=40)
+    assert len(lines) == 24
+    assert re.fullmatch(r"and \d+ running trials and 2 ended trials more", lines[-1])
+
+
+def test_how_many_trials_are_to_verify():
+    """As many as `verification.begin` makes of what can be ranked."""
+    ledger, verify = memory_ledger(), Verify(top=3, seeds=2)
+    assert (to_verify(None, [], 8), to_verify(verify, [], 8), to_verify(verify, [], 2)) == (0, 6, 4)
+    for number, (r, loss) in enumerate([(4, 1.5), (4, 1.6), (8, 1.7), (16, None)]):  # of the first two the seeds differ
+        add_trial(ledger, r=r)
+        if loss is None:
+            ledger.fail(number, "diverged")
+        else:
+            ledger.report(number, 1, loss)
+            ledger.complete(number)
+    assert to_verify(verify, ledger.entries(), 4) == len(verification.begin(ledger, top=3, seeds=2)[1]) == 4
+    assert to_verify(verify, ledger.entries(), 9) == 6
+
+
+def test_the_verification_counts_before_it_begins_and_while_it_runs():
+    """Parts of 10 s: a search of two trials of two parts, one at a time, then two configurations with two seeds."""
+    console = Console(file=io.StringIO(), width=120)
+    progress = Progress(console, ("r",), trials=2, evaluations=2, verify=Verify(top=2, seeds=2))
+    ledger = memory_ledger()
+
+    def train(number: int, evaluations: int) -> None:
+        progress.started(ledger.entry(number))
+        for evaluation in range(1, evaluations + 1):
+            ledger.report(number, evaluation, 2.0)
+        ledger.spend(number, Cost(elapsed=10.0 * evaluations))
+        if evaluations == 2:
+            ledger.complete(number)
+        progress.ended(ledger.entry(number))  # or as far as it has come
+
+    train(add_trial(ledger, r=16), 2)
+    train(add_trial(ledger, r=8), 0)
+    assert "17%, 1 of 2 trials done in 0 s, time left 2 min" in seen(progress)[0]  # 2 + 4 x 2 parts
+    train(1, 2)
+    ledger = memory_ledger()
+    progress.verifying(4)
+    train(add_trial(ledger, r=16), 2)
+    train(add_trial(ledger, r=8), 1)
+    lines = seen(progress)
+    assert "58%, 1 of 4 trials of the verification done in 0 s, time left 50 s" in lines[0]
+    assert lines[1].startswith("usual default         2.0000  (trial 000)")  # of the search
+    assert "s1 r8 " in "\n".join(lines)

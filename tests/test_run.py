@@ -83,7 +83,9 @@ def test_an_exception_fails_its_trial_alone_and_is_told(space):
     done = sweeps.run(space, "--set", "search.trials=2", "--set", "tracking.mode=offline", TOY_FAULT="raise:3")
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr == ""
-    assert "2 W&B runs are kept offline; upload them with: python -m sweep sync sweeps/toy" in done.stdout
+    assert "2 W&B runs are kept offline; upload them with: python -m sweep sync sweeps/toy\n" in done.stdout
+    assert "Then lay them out in W&B with: python -m sweep workspace sweeps/toy\n" in done.stdout
+    assert "Take the winner home" not in done.stdout  # there is nothing
     reason = "ValueError: TOY_FAULT at step 3, [in brackets]"
     assert reason in done.stdout
     for entry in sweeps.entries(space):

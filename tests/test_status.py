@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from sweep import cli
+from sweep import cli, verification
 from sweep.place import Place
 from sweep.progress import sparkline
+from sweep.requests import COMMAND
 from sweep.spec import load
 from sweep.status import Status, as_json, show
 from tests import sweeps
@@ -76,6 +77,96 @@ def test_what_is_left(space):
     assert "about 16 s left, once it goes on." in out.getvalue()
 
 
+def shown(found: Status) -> str:
+    out = io.StringIO()
+    show(Console(file=out, width=120, markup=False), found)
+    return out.getvalue()
+
+
+def test_before_the_first_trial(space):
+    found = Status(Place("/sweeps/toy"), load(space), memory_ledger(), [], None)
+    assert shown(found) == "Sweep toy in /sweeps/toy, not running\n0 of 8 trials are done.\n"
+    told = as_json(found)
+    assert (told["share_done"], told["seconds_left"], told["trials"], told["best_trial"]) == (0.0, None, [], None)
+
+
+def test_what_ended_a_sweep_and_what_goes_on_with_it(space):
+    ledger = memory_ledger()
+    ledger.note(COMMAND, "python -m sweep run 'my toy.yaml'")
+    ledger.fail(add_trial(ledger), "training loss is nan at step 1 [of 60]")
+    dead = Status(Place("/sweeps/toy"), load(space, ["search.trials=2"]), ledger, ledger.entries(), None)
+    assert "trial 000 failed: training loss is nan at step 1 [of 60]\n" in shown(dead)
+    assert shown(dead).endswith("1 of 2 trials are done.\nIt goes on with: python -m sweep run 'my toy.yaml'\n")
+    assert "It goes on with" not in shown(replace(dead, driver="me"))
+    told = as_json(dead)
+    assert told["command"] == "python -m sweep run 'my toy.yaml'"
+    assert told["trials"][0]["reason"] == "training loss is nan at step 1 [of 60]"
+
+    number = add_trial(ledger)
+    assert "It goes on with" in shown(replace(dead, entries=ledger.entries()))  # it was begun
+    ledger.complete(number)
+    over = replace(dead, entries=ledger.entries())
+    assert "It goes on with" not in shown(over)
+    asked = replace(over, spec=load(space, ["search.trials=2", "verify={top: 1, seeds: 2}"]))
+    assert "It goes on with" not in shown(asked)  # there is no winner
+    ledger.report(add_trial(ledger), 1, 1.5)
+    ledger.complete(2)
+    left = replace(asked, entries=ledger.entries())
+    assert shown(left).splitlines()[-2:] == [
+        "3 of 2 trials are done, the best loss so far is 1.5000 (trial 002), 2 runs of the verification left.",
+        "It goes on with: python -m sweep run 'my toy.yaml'",
+    ]
+
+
+def test_the_verification_is_a_part_of_the_sweep(space):
+    """A search of two trials of nine parts, 2 s each, then the better one with two seeds, one at a time."""
+    search = memory_ledger()
+    search.note("sweep_id", "abcd")
+    spec = load(space, ["search.trials=2", "early_stopping=false", "verify={top: 1, seeds: 2}"])
+
+    def train(ledger, number, evaluations):
+        for evaluation in range(1, evaluations + 1):
+            ledger.report(number, evaluation, 2.0 - number / 10)
+        ledger.spend(number, Cost(elapsed=2.0 * evaluations))
+        if evaluations == 9:
+            ledger.complete(number)
+
+    def now():
+        found = Status(Place("/sweeps/toy"), spec, search, search.entries(), "me")
+        told = as_json(found)
+        return found, told, (told["share_done"], told["seconds_left"])
+
+    train(search, add_trial(search, r=4, seed=0), 9)
+    train(search, add_trial(search, r=8, seed=0), 3)
+    found, told, left = now()
+    assert left == (12 / 36, 2.0 * (6 + 18))  # it is to come
+    assert "2 runs of the verification left, about 48 s left.\n" in shown(found)
+    train(search, 1, 9)
+    _, told, left = now()
+    assert left == (18 / 36, None)  # how many go on at a time?
+    assert told["verification"] is None
+
+    ledger, wanted = verification.begin(search, top=1, seeds=2)
+    train(ledger, ledger.add(verification.propose(ledger.entries(), wanted)).number, 4)
+    found, told, left = now()
+    assert left == (22 / 36, 2.0 * (5 + 9))
+    (run,) = told["verification"]["trials"]
+    assert (run["trial"], run["state"], run["seconds_left"], run["config"]["seed"]) == (0, "running", 10.0, 1)
+    text = shown(found)
+    heading, row = "Verification: 2 trials, numbered anew, of the best configurations with other seeds\n", "000  s1 "
+    assert row not in text[: text.index(heading)]
+    assert re.search(r"000  s1 r8 .* running +4/9 .* 10 s", text[text.index(heading) :])
+    assert "2 runs of the verification left, about 28 s left.\n" in text
+
+    train(ledger, 0, 9)
+    ledger.fail(ledger.add(verification.propose(ledger.entries(), wanted)).number, "its process died")
+    found, told, left = now()
+    assert left == (1.0, 0.0)
+    assert [run["reason"] for run in told["verification"]["trials"]] == [None, "its process died"]
+    assert "verification, trial 001 failed: its process died\n" in shown(found)
+    assert "It goes on with" not in shown(replace(found, driver=None))
+
+
 def test_a_killed_sweep_is_unfinished(space):
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space) >= 1, process)
@@ -85,6 +176,7 @@ def test_a_killed_sweep_is_unfinished(space):
     assert told.exit_code == 0, told.stderr
     assert "not running" in told.stdout
     assert "unfinished" in told.stdout
+    assert f"It goes on with: python -m sweep run {space}\n" in told.stdout
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,19 @@ def assert_complete(sweep: Path, server: WandbServer, run_id: str = "id") -> Non
     assert len(server.requests) == asked
 
 
+def complete(sweep: Path, runs: int, sent: int) -> str:
+    """What is said when W&B has everything."""
+    told = f"W&B has {runs} of {runs} runs of {sweep}, {sent} of them sent now."
+    return f"{told}\nLay them out in W&B with: python -m sweep workspace {sweep}\n"
+
+
 def test_two_attempts_and_another_run(sweep: Path, server: WandbServer) -> None:
     two_attempts(sweep)
     attempt(sweep, "other", trained(1, 5), state="failed")
     found(sweep)[1].with_suffix(".wandb.syncstate").write_text('{"starting_step":0,"starting_runtime":0}')  # by hand
     done = run(sweep)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout == f"W&B has 2 of 2 runs of {sweep}, 2 of them sent now.\n"
+    assert done.stdout == complete(sweep, runs=2, sent=2)
     assert marks(sweep) == 3
     served = server.runs["id"]
     assert served.fields["displayName"] == "run id"
@@ -139,7 +145,7 @@ def test_interrupted_and_repeated(sweep: Path, server: WandbServer, rows: int, f
     server.dies = server.fault = None
     done = run(sweep)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout == f"W&B has 1 of 1 runs of {sweep}, 1 of them sent now.\n"
+    assert done.stdout == complete(sweep, runs=1, sent=1)
     assert_complete(sweep, server)
 
 
@@ -308,7 +314,7 @@ def test_an_online_run_that_lacks_its_end_alone(sweep: Path, server: WandbServer
     served = server.runs["id"]
     served.summary, served.exit_code = {"state": "preempted", "best_step": 100}, None
     done = run(sweep)
-    assert done.stdout == f"W&B has 1 of 1 runs of {sweep}, 1 of them sent now.\n"
+    assert done.stdout == complete(sweep, runs=1, sent=1)
     assert_complete(sweep, server)
 
 
@@ -318,7 +324,7 @@ def test_an_online_run_that_is_complete(sweep: Path, server: WandbServer) -> Non
     asked = len(server.requests)
     done = run(sweep)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout == f"W&B has 1 of 1 runs of {sweep}, 0 of them sent now.\n"
+    assert done.stdout == complete(sweep, runs=1, sent=0)
     assert server.requests[asked:] == ["POST /graphql"]
     assert_complete(sweep, server)
 

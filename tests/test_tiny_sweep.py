@@ -104,6 +104,7 @@ def test_a_metric_that_fails_costs_nothing_else(undisturbed, inputs):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "metric mine:fails: raised KeyError: 'a key'; mend it and run the sweep again" in done.stdout
     assert "The best adapter is in" in done.stdout
+    assert "Take the winner home with: python -m sweep export sweeps/tiny\n" in done.stdout
     after = scoring.scores(sweeps.ledger(space, "tiny"))
     assert (after.loss, after.base_loss, after.values) == (before.loss, before.base_loss, None)
     assert sweeps.history(sweeps.entries(space, "tiny")) == sweeps.history(entries)

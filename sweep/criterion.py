@@ -1,5 +1,6 @@
 """What trials are compared by: the validation loss, or a value of the user's metric."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,11 @@ class Criterion:
     def short(self) -> str:
         """For headings."""
         return "loss" if self.is_loss else self.name
+
+    @property
+    def key(self) -> str:
+        """Its part of the names of W&B's columns, which sorts and filters by those of letters, digits and _ alone."""
+        return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_") or "objective"
 
     @property
     def explained(self) -> str:

@@ -16,9 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sweep import earlier
+from sweep import earlier, scoring
 from sweep.early_stopping import survivors
-from sweep.progress import terminal
+from sweep.progress import terminal, to_verify
 from sweep.spec import SweepSpec
 from sweep.study import Ledger, Observation, SpaceExhausted, as_trial, first_params, propose, sample
 from sweep.tracking import described
@@ -101,7 +101,11 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             importing = beside.submit(importlib.import_module, "trainables.memory")  # seconds, as tokenising takes
             prepared = data.prepare(spec.data, spec.model, Path(scratch))
             memory = importing.result()
-            train = data.load(prepared.path).trained_on(spec.budget.evaluations)
+            tokens = data.load(prepared.path)
+            train = tokens.trained_on(spec.budget.evaluations)
+            if spec.metric is not None:
+                scoring.find_metric(spec.metric)
+                data.with_answers(tokens.validation if spec.objective else tokens.test or tokens.validation)
             say("data", [*_data(prepared), *prepared.notes])
             say("steps", _steps(spec.budget.per_trial, configs, len(train)))
             say("trials", _trials(spec, prepared.rows["validation"]))
@@ -181,12 +185,13 @@ def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:
         shown = ", ".join(f"{count:.0f}" for count in expected)
         share = sum(expected) / (spec.search.trials * spec.budget.evaluations)
         yield f"expected to reach evaluations 1 to {len(expected)}: {shown} (ASHA; {share:.0%} of all training)"
+    verifications = to_verify(spec.verify, [], spec.search.trials)
     if spec.verify:
-        top, seeds = spec.verifications // spec.verify.seeds, spec.verify.seeds
-        yield f"then {spec.verifications} whole ones: the best {top} with {seeds} other seeds each"
+        top, seeds = verifications // spec.verify.seeds, spec.verify.seeds
+        yield f"then {verifications} whole ones: the best {top} with {seeds} other seeds each"
     if spec.objective:
         rows = min(spec.objective.rows, validation or spec.objective.rows)
-        written = rows * (1 + sum(expected) + spec.verifications * spec.budget.evaluations)
+        written = rows * (1 + sum(expected) + verifications * spec.budget.evaluations)
         yield f"compared by {spec.criterion}"
         yield f"{rows} answers are written at each evaluation, the base's, too, about {written:,.0f} in all"
 

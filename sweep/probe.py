@@ -16,12 +16,14 @@ from typing import Any
 import ray._private.utils
 
 from sweep import packing
+from sweep.progress import to_verify
 from sweep.repair import may_halve
 from sweep.report import money
 from sweep.runner import fit_on
 from sweep.spec import Packing, SweepSpec
 from sweep.study import sample
 from sweep.tracking import described
+from sweep.validation import counted
 from trainables.config import QLoRAConfig
 from trainables.packed.slots import Measured
 from trainables.protocol import Job, OutOfMemory, Timed
@@ -89,19 +91,21 @@ def told(
 
     `survivors` are the trials that are expected to reach evaluation 1, 2, ….
     """
-    places = -(-probed.at_a_time // probed.slots)
-    longer = [each + spec.verifications for each in survivors]
+    places, evaluations = -(-probed.at_a_time // probed.slots), spec.budget.evaluations
+    longer = [each + to_verify(spec.verify, [], spec.search.trials) for each in survivors]
     measured, whole, verifying = [], [], []
     for name, config in configs.items():
         timed, halvings = probed.timed[name], probed.halvings[name]
         steps = spec.budget.per_trial.total_steps(rows, config.batch_size)
-        alone = steps * timed.step + len(survivors) * timed.evaluation
+        alone = steps * timed.step + evaluations * timed.evaluation
         fitted = f", in micro-batches of {config.micro_batch(halvings)} rows, which fit" if halvings else ""
         measured.append(
             f"{name}: {timed.step:.3f} s a step, {timed.evaluation:.2f} s an evaluation; {steps:,} steps and"
-            f" {len(survivors)} evaluations take {alone / 60:,.1f} min{fitted}"
+            f" {counted(evaluations, 'evaluation')} take {alone / 60:,.1f} min{fitted}"
         )
-        search, both = (sweep_seconds(timed, steps, each, places, probed.gain) for each in (survivors, longer))
+        search, both = (
+            sweep_seconds(timed, steps, evaluations, each, places, probed.gain) for each in (survivors, longer)
+        )
         whole.append((probed.imports + both) / 3600)
         verifying.append((both - search) / 3600)
     any_of = next(iter(probed.timed.values()))
@@ -126,13 +130,15 @@ def told(
     return lines
 
 
-def sweep_seconds(timed: Timed, steps: int, survivors: Sequence[float], places: int, gain: float) -> float:
+def sweep_seconds(
+    timed: Timed, steps: int, evaluations: int, survivors: Sequence[float], places: int, gain: float
+) -> float:
     """Until a sweep is done all of whose trials take what was `timed`, in processes that train at so many places.
 
     `gain` is how many times as fast as one after the other the trials of a process train. The base is scored once.
     """
     training = sum(survivors) / len(survivors) * steps * timed.step / gain
-    scoring = (sum(survivors) + 1) * timed.evaluation
+    scoring = (sum(survivors) + 1) * timed.evaluation if evaluations else 0.0
     return timed.start + (training + scoring) / places
 
 

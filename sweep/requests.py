@@ -269,7 +269,7 @@ def ask(
     elif verb == "revive" and trial is not None:
         directory = place.paths.trial(trial)
         place.pull_checkpoints(directory, manifests_alone=True)
-        if checkpoint.best(directory) is None:
+        if checkpoint.best(directory) is None and checkpoint.last(directory) is None:
             kept = f"checkpoint.keep: {found.spec.checkpoint.keep}"
             told = [f"Its checkpoints were tidied away ({kept}), so it begins anew, with the same losses."]
     elif verb == "enqueue":

@@ -181,13 +181,14 @@ def run(
             job = _job(spec, paths, listener)  # before the ledger, too
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
-            if spec.objective is not None and recorded is None:
+            searched_for = metric if spec.objective else None
+            if searched_for and not (recorded and scoring.was_asked(recorded, searched_for[1])):
                 _try_objective(spec, place, job, drain)
             ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
             _note_news(ledger, MACHINES, sorted({*(ledger.noted(MACHINES) or ()), *map(_described, _machines())}))
             _note_news(ledger, PORTABLE, specs.dump(specs.portable(spec)))
-            if spec.objective is not None and metric is not None:
-                for told in scoring.told_if_changed(ledger, *metric):
+            if searched_for and not drain():
+                for told in scoring.note_asked(ledger, *searched_for):
                     listener.note(told)
             learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
             place.push(paths.spec)
@@ -464,22 +465,25 @@ def _may_pack(place: Place, address: str) -> bool:
 
 
 def tidy(ledger: Ledger, place: Place, keep: int, emptied: set[int]) -> None:
-    """Of the trials that have ended, keep the best checkpoint of the best `keep`, and nothing of the others.
+    """Of the trials that have ended, keep the best checkpoint of the best `keep`, the last one of those that came to no
+    evaluation and may go on, and nothing of the others.
 
     `emptied` are those of which nothing is left, to be passed to the next call: they are not looked at again.
     """
     entries = ledger.entries()
     ended = [entry for entry in entries if entry.state is not TrialState.RUNNING]
     emptied -= {entry.number for entry in entries} - {entry.number for entry in ended}  # they were revived
-    contenders = {entry.number for entry in [*ranking(ended)[:keep], *(each for each in ended if each.unscored)]}
+    unscored = [each for each in ended if each.best is None and each.state is not TrialState.FAIL]
+    contenders = {entry.number for entry in [*ranking(ended)[:keep], *unscored]}
     for entry in [entry for entry in ended if entry.number not in emptied]:
         directory = place.paths.trial(entry.number)
         if entry.number in contenders:
             place.pull_checkpoints(directory, manifests_alone=True)
         else:
             emptied.add(entry.number)
-        found = export.to_take_home(place, entry) if entry.number in contenders else None
-        if found is None and entry.unscored:  # its last one is damaged, the one before it is all that there is
+        newest = checkpoint.best if entry.best else checkpoint.last
+        found = newest(directory) if entry.number in contenders else None
+        if found is None and entry in unscored:  # its last one is damaged, the one before it is all that there is
             continue
         checkpoint.prune(directory, {found.path} if found else set())
         place.prune(directory)
@@ -531,6 +535,7 @@ def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> Non
     if spec.trainable == "toy":  # its rows have no text
         return
     assert spec.metric is not None
+    may_be_packed = spec.packing == "auto" or spec.packing.slots > 1  # the engine has the GPU then, and its trials none
     try:
         scoring.try_objective(
             spec.metric,
@@ -538,7 +543,7 @@ def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> Non
             place,
             Path(job.tokens).name,
             job.completions,
-            {"num_cpus": spec.resources.cpus, "num_gpus": spec.resources.gpus},
+            {"num_cpus": spec.resources.cpus, "num_gpus": 0 if may_be_packed else spec.resources.gpus},
             spec.trial_timeout / 2,
             drain,
         )

@@ -29,8 +29,9 @@ Metric = Callable[[list[str], list[str], list[str]], Any]
 """Of prompts, references and completions, row by row; gives a number, or several by name."""
 
 
-_METRIC_FILE = "metric_file"
-"""Note in the ledger: the hash of the file of what is searched for."""
+_VALUES_OF, _ASKED = "metric_file", "metric_asked"
+"""Notes in the ledger: the hash of the file that the first values of what is searched for are of, and of that which was
+asked before training."""
 
 
 class MetricFault(Exception):
@@ -107,8 +108,11 @@ def find_metric(name: str) -> Metric:
     try:
         before = sys.modules.get(module)
         loaded = importlib.import_module(module)
-        if loaded is before and _has_changed(loaded):
+        content = _content(loaded)
+        known = _CONTENT.get(module, content if not content or _is_older(loaded) else b"")
+        if loaded is before and content != known:
             loaded = importlib.reload(loaded)
+        _CONTENT[module] = content
         found: Metric = getattr(loaded, function)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
@@ -120,27 +124,50 @@ def find_metric(name: str) -> Metric:
     return found
 
 
-def _has_changed(module: ModuleType) -> bool:
-    """Whether its file has changed since this process began."""
+_CONTENT: dict[str, bytes] = {}
+"""Of the files of modules that metrics were found in, as they were then."""
+
+
+def _content(module: ModuleType) -> bytes:
+    """Of its file; empty for what has none, as a notebook's cell, or is built in."""
     spec = module.__spec__
-    if spec is None or spec.origin is None or not spec.has_location:  # of a notebook's cell, or built in
-        return False
-    return Path(spec.origin).stat().st_mtime > psutil.Process().create_time()
+    if spec is None or spec.origin is None or not spec.has_location:
+        return b""
+    return Path(spec.origin).read_bytes()
 
 
-def told_if_changed(ledger: Ledger, name: str, metric: Metric) -> list[str]:
-    """A line when the file of the metric that is searched for is another than that which the ledger's values are of."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(metric))
-        now = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except (TypeError, OSError):  # built in, or of a notebook's cell
-        return []
-    before = ledger.noted(_METRIC_FILE)
-    if before is None or not any(entry.best for entry in ledger.entries()):
-        ledger.note(_METRIC_FILE, now)
+def _is_older(module: ModuleType) -> bool:
+    """Whether its file has been as it is since before this process began."""
+    assert module.__spec__ is not None
+    assert module.__spec__.origin is not None
+    return Path(module.__spec__.origin).stat().st_mtime <= psutil.Process().create_time()
+
+
+def was_asked(ledger: Ledger, metric: Metric) -> bool:
+    """Whether `try_objective` has asked this metric, as its file is now, for this sweep."""
+    return bool(ledger.noted(_ASKED) == _file_of(metric)[1])
+
+
+def note_asked(ledger: Ledger, name: str, metric: Metric) -> list[str]:
+    """Note that it was. Gives a line when values in the ledger are of another file, the base's among them."""
+    file, now = _file_of(metric)
+    before = ledger.noted(_VALUES_OF)
+    if ledger.noted(_ASKED) != now:
+        ledger.note(_ASKED, now)
+    if before is None or not any(entry.objectives for entry in ledger.entries()):
+        ledger.note(_VALUES_OF, now)
         return []
     changed = f"metric {name}: {file} is not the file that earlier values are of; they may not compare with new ones"
     return [changed] if before != now else []
+
+
+def _file_of(metric: Metric) -> tuple[str, str]:
+    """Where it is written, and the hash of that; empty when it is built in, or of a notebook's cell."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(metric)) or ""
+        return file, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return "", ""
 
 
 def values_of(name: str, metric: Metric, scored: Scored) -> dict[str, float]:
@@ -165,12 +192,12 @@ def _in_this_process(name: str) -> Metric:
 def objective_of(name: str, value: str, scored: Scored, seconds: float) -> float:
     """The value of this name that the metric called `name`, `package.module:function`, gives in this process.
 
-    Raises MetricFault, also when it takes longer than so many seconds; then it is left, in a thread of its own.
+    Raises MetricFault, also when it takes longer than so many seconds, its import included: it is left then, in a
+    thread of its own.
     """
     until = time.monotonic() + seconds
     try:
-        metric = _in_this_process(name)
-        values = _beside(lambda: values_of(name, metric, scored), lambda: time.monotonic() > until)
+        values = _beside(lambda: values_of(name, _in_this_process(name), scored), lambda: time.monotonic() > until)
         if values is None:
             raise ValueError(f"has not come to an end after {seconds:g} s, half of trial_timeout")
     except ValueError as error:
@@ -190,30 +217,36 @@ def try_objective(
     seconds: float,
     drained: Callable[[], bool],
 ) -> None:
-    """Have the metric judge the first validation rows with their references for completions, where trials will call it.
+    """Have the metric judge the first validation rows, each answered with the reference of the next one.
 
     What it cannot do, or does not call `value`, is then known before hours of training. `tokens` is the directory's
-    name, `resources` are those of a trial; it may take so many `seconds`. Raises MetricFault.
+    name, `resources` are those of a process in which trials call it (Ray's `num_cpus`, `num_gpus`); it may take so many
+    `seconds`. Raises MetricFault.
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
     def task() -> None:
         here = place.paths.tokens / tokens
         place.pull_directory(here)
         answers, data = (importlib.import_module(f"trainables.{module}") for module in ("answers", "data"))
-        objective_of(name, value, answers.as_they_should_be(here, data.load(here).validation, rows), seconds)
+        objective_of(name, value, answers.shifted(here, data.load(here).validation, rows), seconds)
 
-    asked = ray.remote(task).options(max_retries=2, **resources).remote()
+    asked = ray.remote(task).options(max_retries=0, **resources).remote()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drained():
             ray.cancel(asked, force=True)
             return
     try:
         ray.get(asked)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MetricFault):
-            raise MetricFault(f"{error.cause}; it was asked about the validation rows' own answers") from error
-        raise
+    except RayError as error:
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, MetricFault):
+            raise
+        why = error.cause if isinstance(error, RayTaskError) else f"its process died ({str(error).splitlines()[0]})"
+        said = str(why).removeprefix(f"metric {name}: ")
+        raise MetricFault(
+            f"metric {name}: {said}; it was asked about validation rows with other rows' answers"
+        ) from error
 
 
 def score_winner(

@@ -33,8 +33,8 @@ FREE_SECTIONS = {"verify", "tracking", "resources", "packing", "preemption", "ch
 ROWS = {"data.train", "data.validation", "data.test"}
 """Keys whose files may move: what lies there is compared by its content."""
 
-TAKEN = {"loss", "evaluation", "eval_loss", "step", LOSS.name}
-"""Names that an objective may not have: with eval/ or best_ before them they are columns in W&B."""
+TAKEN = {"loss", "evaluation", "eval_loss", "step", LOSS.key}
+"""Keys that an objective may not have: with eval/ or best_ before them they are columns in W&B."""
 
 STORES = ("s3://",)
 """What the URL of an object store begins with."""
@@ -272,11 +272,6 @@ class SweepSpec(Section):
         return Criterion(name, maximized=self.objective.direction == "maximize")
 
     @property
-    def verifications(self) -> int:
-        """Whole trials that follow the search."""
-        return 0 if self.verify is None else min(self.verify.top, self.search.trials) * self.verify.seeds
-
-    @property
     def completions(self) -> int:
         """Answers that are written at each evaluation, when there are so many validation rows."""
         return 0 if self.objective is None else self.objective.rows
@@ -337,7 +332,7 @@ def portable(spec: SweepSpec) -> SweepSpec:
         if isinstance(value, list):
             return [named(inner) for inner in value]
         is_place = isinstance(value, str) and (value.startswith("/") or "://" in value)
-        return Path(value).name if is_place else value
+        return Path(value).name or value if is_place else value
 
     return SweepSpec.model_validate_json(
         json.dumps(named(spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
@@ -449,15 +444,13 @@ def _contradictions(found: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("objective",), "is a value of `metric`, which is missing; write metric: package.module:function"
     if given("objective", "metric"):
         name = found.get("objective.value") or found["metric"].partition(":")[2]
-        if name in TAKEN:
+        if Criterion(name).key in TAKEN:
             yield ("objective",), f"is called {name}, which something else is in W&B; give the value another name"
     elif found.get("trainable") == "toy" and given("metric"):
         yield (
             ("metric",),
             f"received {shown(found['metric'])}, but a toy writes nothing when it has ended; add objective",
         )
-    if given("verify", "space") and "seed" in found["space"].searched:
-        yield ("space", "seed"), "is searched, so verify has no seeds to compare configurations over; fix it"
     if found.get("trainable") == "toy" and found.get("packing.slots", 1) > 1:
         yield ("packing", "slots"), f"received {found['packing.slots']}, only qlora_sft trials are packed"
     if "://" in str(found.get("storage", "")) and "ledger" in found and found["ledger"] is None:

@@ -170,15 +170,23 @@ def rerun_spec(
         if recorded.data is None:
             raise NoSweep("--all-data: a toy has no rows; leave it out")
         values |= {"name": f"{recorded.name}-all-{trial:03d}", "budget.evaluations": 0, "objective": None}
-        if recorded.data.test is None:
+        if recorded.data.test is None and not any(override.startswith("data.test=") for override in overrides):
             values["metric"] = None  # of rows that it was trained on
         if not any(override.startswith(("budget.steps=", "budget.epochs=")) for override in overrides):
-            values |= _best_passes(found, entry)
+            begun = Place.at(f"{values['storage']}/{values['name']}")
+            begun.pull_file(begun.paths.spec)
+            values |= _as_begun(begun) if begun.paths.spec.exists() else _best_passes(found, entry)
     own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     spec = specs.load(found.place.paths.spec, [*own, *overrides])
     if all_data and spec.budget.evaluations:
         raise NoSweep("--all-data leaves no rows for evaluations; leave budget.evaluations out")
     return spec
+
+
+def _as_begun(place: Place) -> dict[str, float]:
+    """The budget of a sweep that was begun: that which it was taken from may have changed since."""
+    budget = specs.load(place.paths.spec, inputs=False).budget
+    return {f"budget.{key}": each for key, each in (("epochs", budget.epochs), ("steps", budget.steps)) if each}
 
 
 def _best_passes(found: Status, entry: Entry) -> dict[str, float]:

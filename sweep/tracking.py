@@ -198,7 +198,7 @@ def summary(
     best = min((number for number in objectives if number > 0), key=lambda number: objectives[number], default=-1)
     of = {"eval_loss": losses}
     if not criterion.is_loss:
-        of[criterion.name] = {number: criterion.turned(each) for number, each in objectives.items()}
+        of[criterion.key] = {number: criterion.turned(each) for number, each in objectives.items()}
     at = {"best": best, "first_rung": first_rung}
     found = {f"{which}_{name}": values.get(at[which]) for name, values in of.items() for which in at}
     return found | {"best_step": steps.get(best), "budget_share": budget_share}
@@ -297,7 +297,7 @@ def _rows(happened: Slice, criterion: Criterion) -> Iterator[Row]:
         }
     done = happened.evaluation
     if done is not None:
-        score = {} if done.score is None else {f"eval/{criterion.name}": criterion.turned(done.score)}
+        score = {} if done.score is None else {f"eval/{criterion.key}": criterion.turned(done.score)}
         yield {STEP: done.step, EVALUATION: done.evaluation, "eval/loss": done.loss, **score}
 
 

@@ -106,7 +106,7 @@ def _layout(project: str, entity: str, group: str, space: Space, criterion: Crit
     from wandb_workspaces import workspaces as ws
     from wandb_workspaces.reports import v2 as wr
 
-    best = COLUMNS[0] if criterion.is_loss else f"best_{criterion.name}"
+    best = COLUMNS[0] if criterion.is_loss else f"best_{criterion.key}"
     axes = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(name), display_name=name, log=log)
         for name, log in _scales(space).items()
@@ -123,7 +123,7 @@ def _layout(project: str, entity: str, group: str, space: Space, criterion: Crit
             wr.ParameterImportancePlot(with_respect_to=best),
         ],
         "Curves": [
-            *([] if criterion.is_loss else [curve(criterion.name, f"eval/{criterion.name}")]),
+            *([] if criterion.is_loss else [curve(criterion.name, f"eval/{criterion.key}")]),
             curve("Validation loss", "eval/loss"),
             curve("Training loss", "train/loss", **smoothed),
             curve("Learning rate", "train/learning_rate"),

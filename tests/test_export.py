@@ -189,6 +189,22 @@ def test_of_a_trial_on_all_rows_nothing_intact_is_tidied_away(tmp_path):
     assert told[-1] == ("trial 000 lacks its last checkpoint, which is damaged or gone: nothing goes into best/")
 
 
+def test_of_a_trial_that_was_stopped_before_an_evaluation_the_last_checkpoint_stays(tmp_path):
+    """It may be revived. That of one that failed goes."""
+    ledger, place = memory_ledger(), Place.at(str(tmp_path))
+    stopped, failed = add_trial(ledger), add_trial(ledger)
+    for number in (stopped, failed):
+        for step in (1, 2):
+            checkpoint.write(place.paths.trial(number), step, (), lambda directory: (directory / "w").write_text("w"))
+    ledger.stop(stopped, "stopped by hand")
+    ledger.fail(failed, "training loss is nan")
+    runner.tidy(ledger, place, 1, set())
+    assert [path.name for path in place.paths.trial(stopped).glob("step-*")] == ["step-000002"]
+    assert list(place.paths.trial(failed).glob("step-*")) == []
+    with pytest.raises(export.NotKept):
+        export.chosen(place, ledger.entries(), None)  # there is none of an evaluation
+
+
 def test_where_all_failed_nothing_is_kept_and_that_is_said(sweep):
     for number in range(2):
         sweep.ledger.fail(number, "training loss is nan at step 1")

@@ -1,5 +1,7 @@
 """The 4-bit base: loaded once, clean between trials, told in bytes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -150,3 +152,15 @@ def test_bf16_on_a_gpu_without_it_is_refused(llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match="Tesla T4 cannot compute in bf16; set compute_dtype: fp32"):
         model._load(llama, "nf4", "bf16", True)
+
+
+@pytest.mark.parametrize(("tokens", "in_fp32"), [(64, True), (65, False)])
+def test_attention_to_short_rows_is_in_fp32(tokens, in_fp32):
+    """The others are bit by bit torch's own, in the data type that they are in."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, tokens, 16, generator=generator).bfloat16() for _ in range(3))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
+    found, _ = model._attend(64, module, query, key, value, None)
+    wide = [each.float() if in_fp32 else each for each in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True).to(torch.bfloat16)
+    assert torch.equal(found, expected.transpose(1, 2))

@@ -22,9 +22,10 @@ TIMED = Timed("a CPU", devices=0, start=10.0, step=2.0, evaluation=5.0)
 
 def test_seconds_of_a_sweep():
     """15 parts of 5 steps, 15 evaluations and that of the base."""
-    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=1, gain=1.0) == 10 + 15 * 5 * 2 + 16 * 5
-    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=2, gain=1.0) == 10 + (150 + 80) / 2
-    assert sweep_seconds(TIMED, 15, [9, 3, 3], places=2, gain=3.0) == 10 + (50 + 80) / 2  # of training alone
+    assert sweep_seconds(TIMED, 15, 3, [9, 3, 3], places=1, gain=1.0) == 10 + 15 * 5 * 2 + 16 * 5
+    assert sweep_seconds(TIMED, 15, 3, [9, 3, 3], places=2, gain=1.0) == 10 + (150 + 80) / 2
+    assert sweep_seconds(TIMED, 15, 3, [9, 3, 3], places=2, gain=3.0) == 10 + (50 + 80) / 2  # of training alone
+    assert sweep_seconds(TIMED, 15, 0, [1], places=1, gain=1.0) == 10 + 15 * 2  # without evaluations there is no base
 
 
 def test_what_is_told(space):

@@ -349,6 +349,9 @@ def test_refused(sweep, words, message):
 def test_what_to_know(sweep):
     told = verb("revive", sweep, "--trial", 1)[1]
     assert "Its checkpoints were tidied away (checkpoint.keep: 3), so it begins anew" in told
+    (sweep / "requests").rename(sweep / "answered")
+    checkpoint.write(sweep / "trials/001", 3, (), lambda directory: None)
+    assert "tidied away" not in verb("revive", sweep, "--trial", 1)[1]
     for alpha in (8, 16):
         assert "search.trials" not in verb("enqueue", sweep, "r=8", f"alpha={alpha}", "learning_rate=1e-4")[1]
     for r in (4, 8, 16):

@@ -110,13 +110,13 @@ def test_memory_that_runs_out_halves_what_is_scored_together(tiny, trained, monk
         score(*asked, halvings=0, loss=True, completions=False)
 
 
-def test_rows_answered_as_they_should_be(tiny):
+def test_rows_with_the_answers_of_others(tiny):
     validation = data.load(Path(tiny.tokens)).validation
     asked = {"halvings": 0, "loss": False, "completions": True}
     scored = score(tiny.model, CONFIG, None, Path(tiny.tokens), "validation", **asked)
-    found = answers.as_they_should_be(Path(tiny.tokens), validation, 3)
+    found = answers.shifted(Path(tiny.tokens), validation, 3)
     assert (found.rows, found.prompts, found.references) == (3, scored.prompts[:3], scored.references[:3])
-    assert found.completions == found.references
+    assert found.completions == (*scored.references[1:3], scored.references[0])
 
 
 def written_by(trial) -> list[Scored]:
@@ -237,8 +237,9 @@ def test_a_metric_that_was_edited_meanwhile(tmp_path, monkeypatch):
     """In a notebook, between two sweeps; a module that stayed as it was keeps its state."""
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "metric_of_mine.py"
-    for text, value in (("1.0", 1.0), ("2.0 + 1.0", 3.0)):
+    for text, value in (("1.0", 1.0), ("2.0 + 1.0", 3.0), ("4.0", 4.0)):
         file.write_text(f"def metric(*texts):\n    return {text}\n")
+        os.utime(file, (value, value))  # a backup may be old
         found = scoring.find_metric("metric_of_mine:metric")
         assert scoring.values_of("m:f", found, SCORED) == {"f": value}
     assert scoring.find_metric("search_spaces.pricing:errors") is pricing.errors
@@ -248,27 +249,32 @@ def test_a_metric_that_was_edited_meanwhile(tmp_path, monkeypatch):
 
 
 def test_another_file_of_what_is_searched_for_is_told(tmp_path, monkeypatch):
-    """Once there are values that it may not compare with."""
+    """Once there are values that it may not compare with. Whatever it is, it is to be asked before training."""
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "metric_that_changes.py"
     file.write_text("def metric(*texts):\n    return 1.0\n")
     ledger, metric = memory_ledger(), scoring.find_metric("metric_that_changes:metric")
+    number = add_trial(ledger)
 
     def told() -> list[str]:
-        return scoring.told_if_changed(ledger, "m:f", metric)
+        assert not scoring.was_asked(ledger, metric)
+        found = scoring.note_asked(ledger, "m:f", metric)
+        assert scoring.was_asked(ledger, metric)
+        return found
 
     assert told() == []
     file.write_text("def metric(*texts):\n    return 2.0\n")
     assert told() == []
-    number = add_trial(ledger)
-    ledger.report(number, 1, 2.0)
-    assert told() == []
+    ledger.report(number, 0, 2.0)  # the base has one
     file.write_text("def metric(*texts):\n    return 3.0\n")
     assert told() == [
         f"metric m:f: {file} is not the file that earlier values are of; they may not compare with new ones"
     ]
-    assert len(told()) == 1  # also the next time
-    assert scoring.told_if_changed(ledger, "math:fsum", math.fsum) == []
+    assert len(scoring.note_asked(ledger, "m:f", metric)) == 1  # also in the next run
+    ledger = memory_ledger()
+    assert not scoring.was_asked(ledger, math.fsum)
+    assert scoring.note_asked(ledger, "math:fsum", math.fsum) == []
+    assert scoring.was_asked(ledger, math.fsum)
 
 
 def score_again(ledger: Ledger, number: int, metric: str | None) -> bool:

@@ -253,13 +253,6 @@ MISTAKES: list[tuple[str, str, str, int, list[str]]] = [
         3,
         ["objective: is called loss"],
     ),
-    (
-        "seeds searched and verified",
-        "[nf4, fp4]}",
-        "[nf4, fp4]}\n  seed: {values: [0, 1]}\nverify: {}",
-        14,
-        ["space.seed: is searched, so verify has no seeds"],
-    ),
     ("validation type", "name: demo", "name: demo\ndata: {train: a/b, validation: []}", 2, ["text or a number"]),
 ]
 

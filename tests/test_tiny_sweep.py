@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from sweep import NoSweep, look, report, rerun_spec, runner, scoring
-from sweep.spec import load
+from sweep.spec import dump, load
 from sweep.study import ranking
 from tests import hub_server, sweeps
 from tests.ledgers import add_trial, memory_ledger
@@ -410,29 +410,49 @@ def test_trained_on_all_rows(undisturbed, hub, tmp_path):
     assert told in (sweep / "report.html").read_text()
 
 
-def test_a_metric_that_does_not_give_what_is_searched_for_is_refused(inputs, tmp_path):
-    """It is asked about the rows' own answers, which are all right, before there is a sweep."""
+def test_what_answers_are_worth_is_searched_for(inputs, tmp_path):
+    """A name that the metric does not give is refused, before there is a sweep."""
     space = write(tmp_path, inputs)
-    metric = "metric: search_spaces.pricing:errors\nobjective: {value: share, direction: maximize}\n"
+    metric = "metric: search_spaces.pricing:errors\nobjective: {value: share, direction: maximize, rows: 6}\n"
     space.write_text(space.read_text() + metric)
-    done = sweeps.run(space)
+    quick = ["--set", "search.trials=2", "--set", "budget={steps: 9, evaluations: 3}"]
+    done = sweeps.run(space, *quick)
     assert done.returncode == 2, done.stdout + done.stderr
     told = " ".join(done.stderr.split())
     assert (
         "errors: gave mean absolute error, $ or share within 20 %, and nothing called share (see objective.value);"
-        " it was asked about the validation rows' own answers"
+        " it was asked about validation rows with other rows' answers"
     ) in told
-    assert not (space.parent / "sweeps/tiny/space.yaml").exists()
+    directory = space.parent / "sweeps/tiny"
+    assert not (directory / "space.yaml").exists()
+
+    done = sweeps.run(
+        space, *quick, "--set", "objective.value=mean absolute error, $", "--set", "objective.direction=minimize"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = sweeps.entries(space, "tiny")
+    winner = ranking(entries)[0]
+    assert all(0 <= each < 10 for entry in entries for each in entry.objectives.values())  # answers are 1 to 9
+    facts = json.loads((directory / "best/sweep.json").read_text())
+    assert (facts["trial"], facts["objective"]) == (winner.number, winner.best[1])
+    card = (directory / "best/README.md").read_text()
+    assert "The best of 2 trials by mean absolute error, $ (lower is better)" in card
+    (fragment,) = directory.glob(f"wandb/*run-*/run-*-{winner.number:03d}.wandb")
+    assert final(records(fragment))["best_mean_absolute_error"] == winner.best[1]
 
 
 def test_all_rows_are_trained_on_without_the_objective(undisturbed, tmp_path):
     found = look(str(undisturbed[0].parent / "sweeps/tiny"))
     recorded = YAML(typ="safe").load(found.place.paths.spec)
+    recorded["data"].pop("test")
     recorded |= {"metric": "search_spaces.pricing:errors", "objective": {"direction": "minimize"}}
     place = replace(found.place, url=str(tmp_path))
     place.paths.spec.write_text(json.dumps(recorded))
-    spec = rerun_spec(replace(found, place=place), 0, ["budget.steps=6"], all_data=True)
-    assert (spec.objective, spec.completions) == (None, 0)
+    found = replace(found, place=place, spec=load(place.paths.spec))
+    spec = rerun_spec(found, 0, ["budget.steps=6"], all_data=True)
+    assert (spec.objective, spec.completions, spec.metric) == (None, 0, None)
+    with_test = ["budget.steps=6", f"data.test={recorded['data']['validation']}"]
+    assert rerun_spec(found, 0, with_test, all_data=True).metric == recorded["metric"]
 
 
 def test_how_long_all_rows_are_trained_on(undisturbed):
@@ -443,6 +463,11 @@ def test_how_long_all_rows_are_trained_on(undisturbed):
     in_epochs = found.spec.budget.model_copy(update={"steps": None, "epochs": 3.0})
     spec = rerun_spec(replace(found, spec=found.spec.model_copy(update={"budget": in_epochs})), 0, all_data=True)
     assert spec.budget.epochs == 3.0 * entries[0].best[0] / 4
+    begun = space.parent / "sweeps/tiny-all-000"
+    begun.mkdir()
+    (begun / "space.yaml").write_text(dump(spec))
+    assert rerun_spec(found, 0, all_data=True).budget == spec.budget  # it goes on as it began
+    shutil.rmtree(begun)
     with pytest.raises(NoSweep, match="--all-data leaves no rows for evaluations"):
         rerun_spec(found, 0, ["budget.evaluations=2"], all_data=True)
     elsewhere = replace(found, place=replace(found.place, url="/nowhere/tiny"))

@@ -86,13 +86,13 @@ class Answers:
         return _scored(self._tokens, self._pairs, written, loss)
 
 
-def as_they_should_be(tokens: Path, split: data.Rows, count: int) -> Scored:
-    """The first rows of a split, answered with their own references.
+def shifted(tokens: Path, split: data.Rows, count: int) -> Scored:
+    """The first rows of a split, each answered with the reference of the next one: answers, and mostly wrong.
 
     `tokens` is the directory of the rows. Raises `data.DataError` when they have no answers.
     """
     pairs = data.with_answers(split)[:count]
-    return _scored(tokens, pairs, [reference for _, reference in pairs], None)
+    return _scored(tokens, pairs, [reference for _, reference in [*pairs[1:], pairs[0]]], None)
 
 
 def _scored(tokens: Path, pairs: Sequence[Pair], written: Iterable[Iterable[int]], loss: float | None) -> Scored:

@@ -85,6 +85,7 @@ class QLoRATrial:
         if job.score_base:
             self.due[0] = 0
         self.micro_batch = config.micro_batch(job.halvings)
+        self.written_at_once = SCORED_AT_ONCE[self.device.type] >> job.halvings
         lengths = np.diff(self.validation.offsets)
         self.evaluation_batches = data.micro_batches(lengths, EVALUATION_TOKENS[self.device.type] >> job.halvings)
         self.step = 0
@@ -203,7 +204,7 @@ class QLoRATrial:
         assert self.answers is not None
         began = time.perf_counter()
         if self.writing is None:
-            self.writing = self.answers.write(self.adapter, SCORED_AT_ONCE[self.device.type])
+            self.writing = self.answers.write(self.adapter, self.written_at_once)
         tokens = next(self.writing, None)
         self.seconds += time.perf_counter() - began
         if tokens is None:

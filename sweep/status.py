@@ -18,7 +18,7 @@ from sweep.place import Place
 from sweep.progress import Outlook, machine, outlook, overview, to_verify, verification_heading
 from sweep.requests import COMMAND, Request, waiting
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import STATES, Entry, Ledger, ranking, read_journal, read_url
+from sweep.study import PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
 from trainables import data
 
 
@@ -99,7 +99,10 @@ def look(directory: str, ledger: str | None = None) -> Status:
         recorded = specs.load(paths.spec, inputs=False)
     except (SpecError, OSError, ValueError) as error:
         if paths.spec.exists():
-            raise NoSweep(f"{place.url}: its space.yaml cannot be read: {error}") from error
+            raise NoSweep(
+                f"{place.url}: its space.yaml cannot be read: {error}; if a newer version of {PROGRAM} made it, update"
+                f" with: python -m pip install --upgrade {PROGRAM}"
+            ) from error
         why = f" ({error})" if place.is_remote else ""
         raise NoSweep(
             f"{place.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer"
@@ -115,7 +118,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
         except (KeyError, ValueError) as error:
             raise NoSweep(
                 f"{place.url}: trial {entry.number} has no configuration that this version of qlora-sweep knows"
-                f" ({error}); if a newer one made it, update with: python -m pip install --upgrade qlora-sweep"
+                f" ({error}); if a newer one made it, update with: python -m pip install --upgrade {PROGRAM}"
             ) from error
     try:
         driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
@@ -231,6 +234,8 @@ def show(console: Console, status: Status) -> None:
     searched, trials, evaluations = spec.space.searched, spec.search.trials, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
     console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
+    if newer := begun_by_newer(status.ledger):
+        console.print(newer, highlight=False, soft_wrap=True)
     ahead, alive = status.outlook, status.driver is not None
     if entries:
         console.print(overview(console, entries, searched, evaluations, {}, ahead.whole.of_trial, alive=alive))

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from sweep import cli, verification
+from sweep import cli, page, verification
 from sweep.place import Place
 from sweep.progress import sparkline
 from sweep.requests import COMMAND
 from sweep.spec import load
-from sweep.status import Status, as_json, show
+from sweep.status import Status, as_json, look, show
+from sweep.study import open_journal
 from tests import sweeps
 from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost
@@ -200,6 +201,18 @@ def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
     assert told.stdout == ""
     assert message in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_what_a_newer_version_began_is_shown_and_said(undisturbed, tmp_path):
+    sweep = tmp_path / "toy"
+    shutil.copytree(undisturbed[0].parent / "sweeps/toy", sweep)
+    ledger = open_journal(sweep / "study.log", "toy")
+    ledger.note("environment", {"qlora-sweep": "99.1"})
+    told = status(sweep)
+    assert told.exit_code == 0, told.stderr
+    assert "qlora-sweep 99.1 began this sweep, and this is " in told.stdout
+    assert "winner" in told.stdout
+    assert "qlora-sweep 99.1 began this sweep" in page.render(look(str(sweep)), {})
 
 
 def test_asking_makes_no_database(undisturbed, tmp_path):

@@ -181,7 +181,8 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
     if outcome.cause:
         console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True)
-    if outcome.cause == "breakdown" or (outcome.cause is None and not report.any_finished(outcome.ledger.entries())):
+    nothing = outcome.winner is None and not report.any_finished(outcome.ledger.entries())
+    if outcome.cause == "breakdown" or nothing:
         if outcome.cause is None:
             console.print(f"No trial finished. What they left is in {outcome.place.url}", highlight=False)
         return EXIT_FAILED

@@ -29,6 +29,8 @@ from trainables.protocol import Budget
 SAMPLED = 200
 """Configurations of the space that are looked at."""
 SHOWN = 10
+FEW = 20
+"""Validation rows, on fewer of which losses differ mostly by chance."""
 RUNNING = 3
 """Checkpoints of a trial that runs, at most."""
 
@@ -132,6 +134,12 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config))
                 return bool(taken.total + process <= room)
 
+            if spec.resources.gpus and device == "a CPU":
+                say(
+                    "memory",
+                    ["trials ask for a GPU, and this machine has none: `run` would refuse, and what follows is"],
+                )
+                say("", ["what they would take of a CPU"])
             heaviest = needed["heaviest"][1].total + process
             say("memory", _room(heaviest, process, device, room))
             if heaviest > room:
@@ -164,6 +172,8 @@ def _data(prepared: data.Prepared) -> Iterator[str]:
             f"{name}: {split.rows:,} rows, {split.tokens:,} tokens; a row has {split.median} (median),"
             f" 95 % have at most {split.most}{cut}"
         )
+    if (few := prepared.rows["validation"]) < FEW:
+        yield f"losses on so few validation rows, {few}, differ mostly by chance: a higher data.validation has more"
 
 
 def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterator[str]:

@@ -114,10 +114,10 @@ def told(
     if probed.slots > 1:
         at_a_time += f", {probed.slots} in a process, {probed.gain:.1f} times as fast as one after the other"
     low, high = min(whole), max(whole)
-    of_which = f", {min(verifying):.2f} to {max(verifying):.2f} of them verification" if spec.verify else ""
+    of_which = f"; {money(min(verifying))} to {money(max(verifying))} of them verification" if spec.verify else ""
     lines = {
         "probe": [f"{any_of.device}, one trial alone; {starts}", *measured],
-        "hours": [f"{low:.2f} to {high:.2f}{of_which}, on this machine, {at_a_time}"],
+        "hours": [f"{money(low)} to {money(high)} on this machine, {at_a_time}{of_which}"],
     }
     if (per_hour := spec.cost.per_hour) is not None:
         lines["cost"] = [f"{money(low * per_hour)} to {money(high * per_hour)}, at {per_hour:g} an hour"]

@@ -87,7 +87,7 @@ def show(
             described(entry.config, searched),
             "-" if objective is None else criterion.text(objective),
             "-" if evaluation is None else str(evaluation),
-            STATES[entry.state],
+            "unfinished" if entry.state is TrialState.RUNNING else STATES[entry.state],
             f"{entry.cost.seconds / 60:.1f}",
             *([money(priced[entry.number])] if priced else []),
         )
@@ -95,7 +95,9 @@ def show(
     for line in [*failures(entries), *conclusion(ledger), *scoring.trouble(ledger), *bill(ledger, per_hour)]:
         console.print(line, highlight=False, soft_wrap=True)
     took = f"this run took {seconds / 60:.1f} minutes"  # the trials may be of earlier ones
-    console.print(f"{counted(len(entries), 'trial')}; {took}", highlight=False)
+    ended = sum(entry.state.is_finished() for entry in entries)
+    trials = counted(len(entries), "trial")
+    console.print(f"{trials if ended == len(entries) else f'{ended} of {trials} ended'}; {took}", highlight=False)
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:

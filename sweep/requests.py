@@ -22,7 +22,7 @@ from sweep.place import PULSE_SECONDS, Place
 from sweep.preemption import Drain
 from sweep.space import Space
 from sweep.study import STATES, Entry, Ledger, drawn
-from sweep.tracking import RECORDED, ROWS
+from sweep.tracking import RECORDED, ROWS, described
 from trainables import checkpoint
 
 if TYPE_CHECKING:
@@ -276,9 +276,12 @@ def ask(
         configs = {entry.config for entry in found.entries}
         begun = len(configs | {drawn(params, found.spec.space).config for params in enqueued(ledger)})
         total = begun + 1 + sum(other.verb == "enqueue" for other in before)
+        space = found.spec.space
+        whole = described(drawn(space.params_of(config or {}), space).config, space.searched)
+        told = [f"With what is not named as the space or the documented defaults have it: {whole}"]
         if total > found.spec.search.trials:
             again += f" --set search.trials={total}"
-            told = [f"All of search.trials, {found.spec.search.trials}, are taken; more are asked for by {again}"]
+            told.append(f"All of search.trials, {found.spec.search.trials}, are taken; more are asked for by {again}")
     place.put(place.paths.request(request.name), json.dumps(asdict(request)))
     return [_outcome(request, found, reread, again), *told]
 

@@ -654,7 +654,11 @@ def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
 
 def _in_use(place: Place) -> Refused:
     holder = place.text(place.paths.lock_holder) or "another process"
-    return Refused(f"{place.url} is in use by {holder}; wait for it, or give this sweep another `name`")
+    look, pause = place.command("status"), place.command("pause")
+    return Refused(
+        f"{place.url} is in use by {holder}; wait for it ({look} says how long), end it ({pause}), or give this sweep"
+        " another `name`"
+    )
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from trainables.config import DataConfig, QLoRAConfig
 
 LONGEST = 4096
 """Tokens of a row at most, unless the user says otherwise: memory grows with the longest row."""
+ENOUGH = 50
+"""Validation rows, where a fifth of the rows are as many: losses on fewer differ by chance."""
 HIGHEST_RANK = 64
 SHARE = 0.9
 """Of a device's memory that a trial may take."""
@@ -37,6 +39,7 @@ def starter(model: str, train: str, file: Path) -> str:
         longest = int(lengths.max())
         max_length = min(LONGEST, -(-longest // 64) * 64)
         count = len(tokens) + prepared.rows["validation"]
+        validation = min(0.2, max(0.05, round(ENOUGH / count, 2)))
         parameters = memory.shapes(model).parameters
         device, room = memory.this_device()
         on_gpu = device != "a CPU"
@@ -63,7 +66,7 @@ name: {json.dumps(re.sub("[^A-Za-z0-9_-]+", "-", Path(train).stem).strip("-") or
 model: {_from(directory, model)}
 data:
   train: {_from(directory, train)}
-  validation: 0.05 # of the rows, split off by seed; or a file of its own
+  validation: {validation:g} # of the rows, split off by seed; or a file of its own
   max_length: {max_length} # tokens; longer rows are cut off
 
 budget: {{epochs: {epochs}, evaluations: 9}}

@@ -549,7 +549,7 @@ def _draws(
     entries: Sequence[Entry], space: Space, sampler: Sampler, seed: int, known: Sequence[FrozenTrial]
 ) -> Iterator[Proposal]:
     """Candidates in the order in which they are considered, those that were tried among them."""
-    number = len(entries)
+    number = len(entries) + len(known)  # an earlier sweep with this seed has tried the draws before
     if sampler == "grid":
         yield from _grid(space)
         return

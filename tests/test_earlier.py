@@ -161,3 +161,18 @@ def test_read_once(undisturbed, tmp_path):
     known = [as_trial(each, spec.space) for entry in undisturbed[2] if (each := observed(entry, spec.space))]
     proposed = propose(entries[:3], spec.space, "tpe", 5, (), known)
     assert proposed.config == entries[3].config
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_draws_of_an_earlier_sweep_with_this_seed_are_not_repeated(searched, sampler):
+    """As before the sampler knows enough to be trusted."""
+    before = memory_ledger()
+    for _ in range(3):
+        entry = before.add(propose(before.entries(), searched, sampler, 0, ()))
+        before.report(entry.number, 1, 2.0)
+        before.complete(entry.number)
+    known = [as_trial(observed(entry, searched), searched) for entry in before.entries()]
+    ledger = memory_ledger()
+    for _ in range(3):
+        ledger.add(propose(ledger.entries(), searched, sampler, 0, (), known))
+    assert not {entry.config for entry in ledger.entries()} & {entry.config for entry in before.entries()}

@@ -43,7 +43,7 @@ def test_what_is_told(space):
     ]
     low, high = 14 + (100 + 80) / 2, 14 + (1000 + 80) / 2
     together = "4 trials at a time, 2 in a process, 1.5 times as fast as one after the other"
-    assert lines["hours"] == [f"{low / 3600:.2f} to {high / 3600:.2f}, on this machine, {together}"]
+    assert lines["hours"] == [f"{report.money(low / 3600)} to {report.money(high / 3600)} on this machine, {together}"]
     assert not any("scoring" in line for line in lines["assumed"])
     assert lines["cost"] == [f"{low / 100:.2f} to {high / 100:.2f}, at 36 an hour"]
     assert "cost" not in told(probed, load(space), configs, [9, 3, 3], rows=480)
@@ -52,10 +52,9 @@ def test_what_is_told(space):
     verified = load(space, ["verify={top: 2, seeds: 2}", "budget={steps: 15, evaluations: 3}", "cost.per_hour=36"])
     more = told(probed, verified, configs, [9, 3, 3], rows=480)
     small, large = 4 * (15 * 2 / 1.5 + 3 * 5) / 2, 4 * (15 * 20 / 1.5 + 3 * 5) / 2
-    of_which = f"{small / 3600:.2f} to {large / 3600:.2f} of them verification"
-    assert more["hours"] == [
-        f"{(low + small) / 3600:.2f} to {(high + large) / 3600:.2f}, {of_which}, on this machine, {together}"
-    ]
+    hours = [report.money(seconds / 3600) for seconds in (low + small, high + large, small, large)]
+    of_which = f"{hours[2]} to {hours[3]} of them verification"
+    assert more["hours"] == [f"{hours[0]} to {hours[1]} on this machine, {together}; {of_which}"]
     assert more["cost"] == [f"{(low + small) / 100:.2f} to {(high + large) / 100:.2f}, at 36 an hour"]
 
 

@@ -357,6 +357,7 @@ def test_what_to_know(sweep):
     for r in (4, 8, 16):
         told = verb("enqueue", sweep, f"r={r}", f"alpha={r}", "learning_rate=1e-3")[1]
     assert "search.trials" not in told
+    assert "With what is not named as the space or the documented defaults have it: r16 nf4 lr1.0e-03 a16" in told
     told = verb("enqueue", sweep, "r=32", "alpha=32", "learning_rate=1e-3")[1]
     assert "All of search.trials, 8, are taken; more are asked for by python -m sweep run toy.yaml" in told
     assert "The next run honours it: python -m sweep run toy.yaml --set search.trials=9" in told

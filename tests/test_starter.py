@@ -32,6 +32,7 @@ def test_what_is_written_runs(inputs, tmp_path):
     text = (tmp_path / "space.yaml").read_text()
     assert text.startswith("# python -m sweep plan space.yaml ")
     assert "64 rows, the longest has" in text
+    assert "validation: 0.2 # of the rows" in text
     assert "gradient_checkpointing: false" in text
     again = init(tmp_path, str(inputs / "llama"), "2024.jsonl")
     assert again.returncode == 2

@@ -33,6 +33,10 @@ FEW = 20
 """Validation rows, on fewer of which losses differ mostly by chance."""
 RUNNING = 3
 """Checkpoints of a trial that runs, at most."""
+RAY = 500_000_000
+"""Bytes of a CPU's memory that the driver and Ray's own processes take together (470 to 500 MB with Ray 2.60)."""
+TRACKED_RUN, TRACKED_STEP = 30_000, 1_000
+"""Bytes of a W&B run on disk, and of each of its steps (12 runs of 5 or 15 steps took 32 and 40 to 43 kB)."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,9 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 )
                 for name, those in {"lightest": [min(configs, key=by_memory)], "heaviest": candidates}.items()
             }
-            device, room = memory.this_device()
-            process: int = memory.of_a_process()
+            device, _ = memory.this_device()
+            free, process = memory.free(), memory.of_a_process()
+            room = free - (RAY if memory.device().type == "cpu" else 0)
 
             def fits(config: QLoRAConfig) -> bool:
                 taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config))
@@ -141,7 +146,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 )
                 say("", ["what they would take of a CPU"])
             heaviest = needed["heaviest"][1].total + process
-            say("memory", _room(heaviest, process, device, room))
+            say("memory", _room(heaviest, process, device, free, room))
             if heaviest > room:
                 say("", _too_large(configs, fits, spec.space.searched))
             console.print(_memory(needed, spec.space.searched))
@@ -150,7 +155,9 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             largest = max(memory.trained_bytes(spec.model, config) for config in configs)
             bases = {(c.quant_type, c.compute_dtype, c.double_quant) for c in configs}
             of_bases = sum(memory.base_bytes(spec.model, *each) for each in bases)
-            say("disk", _disk(spec, largest, of_bases, prepared.path))
+            smallest = min(config.batch_size for config in configs)
+            tracked = _tracked(spec, spec.budget.per_trial.total_steps(len(train), smallest))
+            say("disk", _disk(spec, largest, of_bases, prepared.path, tracked))
             if probe:
                 probes = importlib.import_module("sweep.probe")  # brings Ray
                 chosen = {name: config for name, (config, _) in needed.items()}
@@ -225,14 +232,16 @@ def _memory(needed: Mapping[str, tuple[QLoRAConfig, Any]], searched: Sequence[st
     return table
 
 
-def _room(heaviest: int, process: int, device: str, room: int) -> Iterator[str]:
-    """`heaviest` are the bytes of the process of a trial, `process` those of them that are no tensors."""
-    if fit := room // heaviest:
-        yield f"{device} with {room / 1e9:.1f} GB: {fit} of the heaviest trials fit, each in a process of its own"
-        yield f"with its own base; such a process takes {process / 1e9:.1f} GB besides what is below"
+def _room(heaviest: int, process: int, device: str, free: int, room: int) -> Iterator[str]:
+    """`heaviest` are the bytes of the process of a trial, `process` those of them that are no tensors; trials have
+    `room`, of what is `free` now."""
+    ray = f", the driver and Ray {(free - room) / 1e9:.1f}" if room < free else ""
+    if room >= heaviest:
+        yield f"{device} with {free / 1e9:.1f} GB free: {room // heaviest} of the heaviest trials fit, each in a"
+        yield f"process of its own with its own base; it takes {process / 1e9:.1f} GB besides what is below{ray}"
     else:
         yield (
-            f"{device} with {room / 1e9:.1f} GB: the heaviest trials do not fit, and would go on with smaller"
+            f"{device} with {free / 1e9:.1f} GB free: the heaviest trials do not fit, and would go on with smaller"
             " micro-batches. Set gradient_checkpointing: true, a higher accumulation, or a lower data.max_length"
         )
 
@@ -255,14 +264,24 @@ def _adapters(lightest: tuple[int, int], heaviest: tuple[int, int]) -> Iterator[
         yield f"{size / 1e6:,.2f} M parameters with r {r}: {4 * size / 1e6:,.1f} MB"
 
 
-def _disk(spec: SweepSpec, checkpoint: int, bases: int, tokens: Path) -> Iterator[str]:
+def _tracked(spec: SweepSpec, steps: int) -> int:
+    """Bytes of W&B's files, of trials of so many steps."""
+    if spec.tracking.mode == "disabled":
+        return 0
+    evaluations, verifications = spec.budget.evaluations, to_verify(spec.verify, [], spec.search.trials)
+    expected = survivors(spec.search.trials, evaluations, spec.early_stopping or None)
+    whole = sum(expected) / len(expected) + verifications
+    return int((spec.search.trials + verifications) * TRACKED_RUN + whole * steps * TRACKED_STEP)
+
+
+def _disk(spec: SweepSpec, checkpoint: int, bases: int, tokens: Path, tracked: int) -> Iterator[str]:
     """Each running trial has up to three checkpoints, of an adapter in fp32 and its moments."""
     of_tokens = sum(file.stat().st_size for file in tokens.rglob("*") if file.is_file())
     kept = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
-    whole = (kept + RUNNING) * checkpoint + of_tokens + bases
+    whole = (kept + RUNNING) * checkpoint + of_tokens + bases + tracked
     yield f"{whole / 1e6:,.0f} MB with a trial at a time, {RUNNING * checkpoint / 1e6:,.0f} more for each beside it:"
     yield f"checkpoints of {checkpoint / 1e6:,.1f} at most, {kept} of ended trials, up to {RUNNING} of each that runs;"
-    yield f"tokens {of_tokens / 1e6:,.1f}; bases {bases / 1e6:,.1f}, once per machine"
+    yield f"tokens {of_tokens / 1e6:,.1f}; bases {bases / 1e6:,.1f}, once per machine; W&B about {tracked / 1e6:,.1f}"
 
 
 def _configurations(spec: SweepSpec, known: Sequence[Observation]) -> Table:

@@ -141,11 +141,16 @@ def test_rows_and_how_many_are_cut_off(models, inputs, tmp_path):
 
 
 def test_room_and_what_does_not_fit():
-    told = list(plans._room(3_000_000_000, 600_000_000, "a CPU", 10_000_000_000))
-    assert told[0] == "a CPU with 10.0 GB: 3 of the heaviest trials fit, each in a process of its own"
-    assert "takes 0.6 GB besides" in told[1]
-    (told,) = plans._room(3_000_000_000, 600_000_000, "a CPU", 2_999_999_999)
-    assert "the heaviest trials do not fit" in told
+    heaviest, process = 3_000_000_000, 600_000_000
+    told = list(plans._room(heaviest, process, "a CPU", 9_400_000_000, 8_900_000_000))
+    assert told[0] == "a CPU with 9.4 GB free: 2 of the heaviest trials fit, each in a"
+    assert told[1].endswith("with its own base; it takes 0.6 GB besides what is below, the driver and Ray 0.5")
+    told = list(plans._room(heaviest, process, "a GPU", heaviest, heaviest))
+    assert told[0] == "a GPU with 3.0 GB free: 1 of the heaviest trials fit, each in a"
+    assert told[1].endswith("takes 0.6 GB besides what is below")
+    for room in (heaviest - 1, -100_000_000):
+        (told,) = plans._room(heaviest, process, "a CPU", room + 500_000_000, room)
+        assert "the heaviest trials do not fit" in told
     configs = [QLoRAConfig(r=r, batch_size=rows, alpha=r) for rows in (1, 2, 4) for r in (8, 16)]
     looked = []
 
@@ -163,9 +168,14 @@ def test_bytes_on_disk(inputs, tmp_path):
     space = tmp_path / "tiny.yaml"
     space.write_text(SPEC.format(inputs=inputs))
     spec = load(space, ["verify={top: 4}", "checkpoint.keep=2"])
-    told = list(plans._disk(spec, 10_000_000, 8_000_000, tmp_path))
+    told = list(plans._disk(spec, 10_000_000, 8_000_000, tmp_path, 0))
     assert told[0] == "80 MB with a trial at a time, 30 more for each beside it:"  # (4 + 3) of 10, 8 and 2
     assert told[1].startswith("checkpoints of 10.0 at most, 4 of ended trials, up to 3")
+    assert next(plans._disk(spec, 10_000_000, 8_000_000, tmp_path, 3_000_000)).startswith("83 MB")
+    # Of 9 trials 3 reach the second evaluation of 3; 12 whole ones follow.
+    offline = load(space, ["verify={top: 4}", "tracking.mode=offline"])
+    assert plans._tracked(offline, 16) == (9 + 12) * plans.TRACKED_RUN + (5 + 12) * 16 * plans.TRACKED_STEP
+    assert plans._tracked(spec, 16) == 0
     same, other = (1_000_000, 8), (2_500_000, 16)
     assert list(plans._adapters(same, same)) == ["1.00 M parameters with r 8: 4.0 MB"]
     assert list(plans._adapters(same, other))[1] == "2.50 M parameters with r 16: 10.0 MB"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import psutil
 import torch
 from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
 from torch import Tensor
@@ -105,6 +106,14 @@ def this_device() -> tuple[str, int]:
     """Its name and all of its memory, bytes."""
     on = device()
     return torch.cuda.get_device_name(on) if on.type == "cuda" else "a CPU", memory_of(on)
+
+
+def free() -> int:
+    """Bytes of this device that nobody has taken."""
+    on = device()
+    if on.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return torch.cuda.mem_get_info(on)[0] + PROCESS["cuda"]  # what this process took to ask, it gives back
 
 
 def of_a_process() -> int:

@@ -39,7 +39,7 @@ def test_what_is_written_runs(inputs, tmp_path):
     another = f"python -m sweep init {inputs}/llama 2024.jsonl space-2.yaml"
     assert again.stderr == f"space.yaml is there already; name another file: {another}\n"
     assert (tmp_path / "space.yaml").read_text() == text
-    quick = ("--set", "budget.steps=9", "--set", "search.trials=2", "--set", "packing.slots=1")
+    quick = ("--set", "budget.steps=9", "--set", "search.trials=1", "--set", "packing.slots=1")
     done = sweeps.run(tmp_path / "space.yaml", *quick)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trial 000" in done.stdout

@@ -24,6 +24,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)  # wandb's own process takes long to start on a busy machine
         yield server
         tracking.close()
         tracking.notes()

@@ -140,11 +140,8 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 return bool(taken.total + process <= room)
 
             if spec.resources.gpus and device == "a CPU":
-                say(
-                    "memory",
-                    ["trials ask for a GPU, and this machine has none: `run` would refuse, and what follows is"],
-                )
-                say("", ["what they would take of a CPU"])
+                lacking = "trials ask for a GPU, and this machine has none: `run` would refuse. Of its CPU they would take:"
+                say("memory", [lacking])
             heaviest = needed["heaviest"][1].total + process
             say("memory", _room(heaviest, process, device, free, room))
             if heaviest > room:

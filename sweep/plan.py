@@ -140,8 +140,10 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                 return bool(taken.total + process <= room)
 
             if spec.resources.gpus and device == "a CPU":
-                lacking = "trials ask for a GPU, and this machine has none: `run` would refuse. Of its CPU they would take:"
-                say("memory", [lacking])
+                say(
+                    "gpu",
+                    ["trials ask for one, and this machine has none: `run` would refuse. Of a CPU they would take:"],
+                )
             heaviest = needed["heaviest"][1].total + process
             say("memory", _room(heaviest, process, device, free, room))
             if heaviest > room:

@@ -130,7 +130,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
     from sweep import report, runner, verification
     from sweep.progress import terminal
-    from sweep.validation import counted
+    from sweep.validation import Refused, counted
     from trainables.data import DataError
 
     console = terminal()
@@ -138,7 +138,7 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
     again = shlex.join(["python", "-m", "sweep", *words])
     try:
         outcome = runner.run(spec, address=address, again=again, leave_ray=True)
-    except (runner.Refused, DataError) as error:
+    except (Refused, DataError) as error:
         return _wrong_input(error)
     except OSError as error:
         console.print(f"{error}. What was written is intact.", highlight=False, soft_wrap=True)
@@ -281,7 +281,8 @@ def sync(
     2 wrong input and nothing was sent: no sweep there, a sweep that is running, no usable key.
     """
     from sweep.place import Place
-    from sweep.sync import Refused, upload
+    from sweep.sync import upload
+    from sweep.validation import Refused
 
     place = Place.at(sweep)
     try:
@@ -427,12 +428,11 @@ def pause(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
 def _ask(sweep: str, ledger: str | None, verb: "Verb", **about: Any) -> None:
     from sweep import requests
     from sweep import status as statuses
+    from sweep.validation import Refused
 
     try:
-        found = statuses.look(sweep, ledger)
-        url = ledger or found.spec.ledger
-        told = requests.ask(found, lambda: statuses.read(found.place, found.spec.name, url), verb, **about)
-    except (statuses.NoSweep, requests.Refused) as error:
+        told = requests.ask(statuses.look(sweep, ledger), verb, **about)
+    except (statuses.NoSweep, Refused) as error:
         raise typer.Exit(_wrong_input(error)) from error
     except OSError as error:
         print(f"{sweep}: that could not be asked for: {error}", file=sys.stderr)
@@ -494,10 +494,11 @@ def workspace(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
     from sweep import status as statuses
     from sweep import sync as syncs
     from sweep import workspace as workspaces
+    from sweep.validation import Refused
 
     try:
         view = workspaces.make_for(statuses.look(sweep, ledger))
-    except (statuses.NoSweep, syncs.Refused) as error:
+    except (statuses.NoSweep, Refused) as error:
         raise typer.Exit(_wrong_input(error)) from error
     except syncs.Failed as error:
         print(error, file=sys.stderr)

@@ -23,6 +23,7 @@ from sweep.preemption import Drain
 from sweep.space import Space
 from sweep.study import STATES, Entry, Ledger, drawn
 from sweep.tracking import RECORDED, ROWS, described
+from sweep.validation import Refused
 from trainables import checkpoint
 
 if TYPE_CHECKING:
@@ -63,10 +64,6 @@ class Request:
     def __str__(self) -> str:
         number = [] if self.trial is None else [f"--trial {self.trial}"]
         return " ".join([self.verb, *number, *(f"{key}={value}" for key, value in (self.config or {}).items())])
-
-
-class Refused(Exception):
-    """A request that the sweep cannot honour as it stands; the message says why, and what is allowed."""
 
 
 def waiting(place: Place, warn: Callable[[str], object] = lambda told: None) -> list[Request]:
@@ -241,17 +238,13 @@ class Requests:
             self._place.delete(self._place.paths.request(request.name))
 
 
-def ask(
-    found: "Status",
-    reread: Callable[[], Ledger],
-    verb: Verb,
-    trial: int | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Ask for something, wait for a few seconds, and say what came of it, or when it will be honoured.
+def ask(found: "Status", verb: Verb, trial: int | None = None, config: Mapping[str, Any] | None = None) -> list[str]:
+    """Ask the driver of a sweep, or the next one, for something; gives, in words, what came of it within some seconds,
+    or when it will be honoured.
 
-    `found` is how the sweep stands, `reread` gives its ledger as it is by then. Raises `Refused`; OSError when the
-    request cannot be written.
+    `stop` and `revive` are of a `trial`, `enqueue` is of a `config`, by field (what is not named is as the space fixes
+    it, else the documented default), `pause` of neither. Raises `Refused` for what cannot be done as the sweep stands;
+    OSError when the request cannot be written.
     """
     place, ledger = found.place, found.ledger
     again = ledger.noted(COMMAND) or "the command that ran it"
@@ -283,10 +276,10 @@ def ask(
             again += f" --set search.trials={total}"
             told.append(f"All of search.trials, {found.spec.search.trials}, are taken; more are asked for by {again}")
     place.put(place.paths.request(request.name), json.dumps(asdict(request)))
-    return [_outcome(request, found, reread, again), *told]
+    return [_outcome(request, found, again), *told]
 
 
-def _outcome(request: Request, found: "Status", reread: Callable[[], Ledger], again: str) -> str:
+def _outcome(request: Request, found: "Status", again: str) -> str:
     """What the driver answers, or when it will."""
     place = found.place
     if found.driver is None:
@@ -295,7 +288,7 @@ def _outcome(request: Request, found: "Status", reread: Callable[[], Ledger], ag
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if not place.holds(place.paths.request(request.name)):
-            for answer in reread().noted(ANSWERED) or ():
+            for answer in found.reread().noted(ANSWERED) or ():
                 if answer["name"] == request.name:
                     outcome: str = answer["outcome"]
                     return f"{outcome[0].upper()}{outcome[1:]}."

@@ -59,7 +59,7 @@ from sweep.study import (
     ranking,
 )
 from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
-from sweep.validation import counted
+from sweep.validation import Refused, counted
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
@@ -88,10 +88,6 @@ SECONDS_PER_RUN = 2.0
 """How long it may take to write one more run of W&B."""
 TAKING_SECONDS = 1.0
 """Of two drivers that take such a sweep in the same moment, the first sees the second in this time, and gives way."""
-
-
-class Refused(Exception):
-    """The sweep cannot start as asked; the message says why and what to do. Nothing was started or lost."""
 
 
 @dataclass(frozen=True)
@@ -509,7 +505,7 @@ def _lay_out_view(tracked: tracking.Tracking, space: Space, ledger: Ledger, plac
             tracked.project, tracked.entity, tracked.group, ledger.noted("sweep_id"), space, ledger.criterion
         )
     except Exception as error:  # noqa: BLE001 - of wandb's core process, too; it is told, and the search is done
-        told = error if isinstance(error, sync.Refused | sync.Failed) else f"{type(error).__name__}: {error}"
+        told = error if isinstance(error, Refused | sync.Failed) else f"{type(error).__name__}: {error}"
         listener.note(f"W&B has no view of the sweep ({told}); make it with: {place.command('workspace')}")
     else:
         listener.note(f"The runs are laid out at {view.url}")

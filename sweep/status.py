@@ -40,6 +40,12 @@ class Status:
     """Who runs it; None when nobody does."""
     waiting: Sequence[Request] = ()
     """What was asked for and not done yet."""
+    url: str | None = None
+    """Of its ledger, with the password; None for the journal."""
+
+    def reread(self) -> Ledger:
+        """The ledger as it is by now. Raises `NoSweep`."""
+        return read(self.place, self.spec.name, self.url)
 
     @cached_property
     def verifying(self) -> Sequence[Entry]:
@@ -125,7 +131,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
         asked = waiting(place)
     except OSError as error:  # a directory of somebody else, a store that does not answer
         driver, asked = f"a process or not, which cannot be seen ({error})", []
-    return Status(place, recorded, study, entries, driver, asked)
+    return Status(place, recorded, study, entries, driver, asked, url)
 
 
 def read(place: Place, name: str, url: str | None) -> Ledger:

@@ -31,6 +31,7 @@ from sweep import tracking
 from sweep.paths import LOCK_SECONDS, SweepPaths
 from sweep.place import Place
 from sweep.tracking import End, Row, Tracking
+from sweep.validation import Refused
 
 ASK_SECONDS = 10.0
 """How long the server may take to say how far a run got; W&B counts as down after that."""
@@ -58,10 +59,6 @@ import os, runpy, sys, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 runpy.run_module("wandb", run_name="__main__")
 """
-
-
-class Refused(Exception):
-    """W&B cannot be used as asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

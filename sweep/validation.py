@@ -17,6 +17,11 @@ Key = tuple[str | int, ...]
 Faults = list[tuple[Key, str]]
 """What is wrong, each with where it stands."""
 
+
+class Refused(Exception):
+    """What was asked for cannot be done as things stand; the message says why, and what to do. Nothing was begun."""
+
+
 SYNONYMS = {
     "asha": "early_stopping",
     "choices": "values",

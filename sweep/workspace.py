@@ -8,8 +8,9 @@ from sweep import tracking
 from sweep.criterion import LOSS, Criterion
 from sweep.space import Range, Space
 from sweep.status import Status
-from sweep.sync import Failed, Refused, Server
+from sweep.sync import Failed, Server
 from sweep.tracking import STEP
+from sweep.validation import Refused
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces

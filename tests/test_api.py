@@ -16,9 +16,9 @@ from sweep.study import Entry
 from tests import sweeps
 
 NAMES = [
-    *("DataError", "Entry", "Home", "Ledger", "NoSweep", "NotKept", "Outcome", "Refused", "SpecError", "Status"),
-    *("SweepSpec", "load", "look", "ranking", "records", "rerun_spec", "run", "show_plan", "take_home"),
-    "write_report",
+    *("DataError", "Entry", "Failed", "Home", "Ledger", "NoSweep", "NotKept", "Outcome", "Refused", "SpecError"),
+    *("Status", "SweepSpec", "ask", "load", "look", "make_view", "ranking", "records", "rerun_spec", "run"),
+    *("show_plan", "starter", "take_home", "upload", "write_report"),
 ]
 
 NOTEBOOK = """

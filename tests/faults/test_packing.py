@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,12 @@ def attempts(space: Path) -> set[str]:
 
 
 def engines(process) -> list[psutil.Process]:
-    return [p for p in children(process) if "EngineProcess" in p.name()]
+    found = []
+    for child in children(process):
+        with suppress(psutil.Error):  # it has just ended
+            if "EngineProcess" in child.name():
+                found.append(child)
+    return found
 
 
 def children(process) -> list[psutil.Process]:

@@ -120,7 +120,7 @@ class Progress:
 
     def verifying(self, trials: int) -> None:
         self._search, self._verifications = list(self._entries.values()), trials
-        self._entries, self._rows, self.searched = {}, {}, ("seed", *self.searched)
+        self._entries, self._rows, self.searched = {}, {}, seeded(self.searched)
         self.note(verification_heading(trials))
 
     def started(self, entry: Entry) -> None:
@@ -253,6 +253,11 @@ def to_verify(verify: Verify | None, search: Sequence[Entry], trials: int) -> in
         return 0
     fit = {e.config.model_copy(update={"seed": 0}) for e in search if e.best or e.state is TrialState.RUNNING}
     return verify.seeds * min(verify.top, len(fit) + max(0, trials - len(search)))
+
+
+def seeded(searched: Sequence[str]) -> tuple[str, ...]:
+    """What tells the trials of a verification apart: their seed, which the search may have had, too."""
+    return tuple(dict.fromkeys(["seed", *searched]))
 
 
 def verification_heading(trials: int) -> str:

@@ -15,7 +15,7 @@ from sweep import report, scoring, verification
 from sweep import spec as specs
 from sweep.forecast import duration
 from sweep.place import Place
-from sweep.progress import Outlook, machine, outlook, overview, to_verify, verification_heading
+from sweep.progress import Outlook, machine, outlook, overview, seeded, to_verify, verification_heading
 from sweep.requests import COMMAND, Request, waiting
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
@@ -249,8 +249,7 @@ def show(console: Console, status: Status) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if fresh := status.verifying:
         console.print(verification_heading(status.verifications), highlight=False, soft_wrap=True)
-        seeded = ("seed", *searched)
-        console.print(overview(console, fresh, seeded, evaluations, {}, ahead.of_verification, alive=alive))
+        console.print(overview(console, fresh, seeded(searched), evaluations, {}, ahead.of_verification, alive=alive))
     for line in report.failures(fresh):
         console.print(f"verification, {line}", highlight=False, soft_wrap=True)
     machines = machine(status.memory, status.gpu_load)

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -31,7 +31,10 @@ from sweep.space import Space
 from trainables.config import QLoRAConfig
 from trainables.protocol import Cost
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study that is made
@@ -147,7 +150,7 @@ class Entry:
 
 def of_known(kind: type[T], facts: Mapping[str, Any]) -> T:
     """A dataclass of what was noted of it. A newer version may have noted more, which this one does without."""
-    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
+    names = {each.name for each in fields(kind)}
     return kind(**{name: value for name, value in facts.items() if name in names})
 
 

@@ -5,6 +5,7 @@ One process serves many trials, one after another; what they share (imports, the
 
 import importlib
 import json
+import math
 import os
 import secrets
 import time
@@ -106,7 +107,7 @@ class Assignment:
     """What it is compared by."""
     metric: str | None = None
     """Function that gives that, `package.module:function`, of what `job.completions` ask for; None for the loss."""
-    metric_seconds: float = 900.0
+    metric_seconds: float = math.inf
     """How long that may take."""
 
 

@@ -13,6 +13,8 @@ from scipy import stats
 from sweep import verification
 from sweep.criterion import LOSS
 from sweep.place import Place
+from sweep.progress import seeded
+from sweep.spec import load
 from sweep.study import Ledger, SpaceExhausted, ranking
 from tests import sweeps
 from tests.ledgers import add_trial, memory_ledger
@@ -72,6 +74,12 @@ def test_seeds_that_were_searched_are_not_fresh() -> None:
     trained(ledger, wanted, {1: [0, 0, 1.1, 1.12], 2: [1.31, 1.32]})
     found = verification.result(search)
     assert [(each.trial, each.values) for each in found.configurations] == [(0, (1.1, 1.12)), (1, (1.31, 1.32))]
+
+
+def test_a_seed_that_is_searched_is_named_once(space) -> None:
+    spec = load(space, ["space.seed={values: [0, 1]}", "verify={}"])
+    assert seeded(spec.space.searched).count("seed") == 1
+    assert seeded(["r"]) == ("seed", "r")
 
 
 def test_means_intervals_and_verdicts_are_those_of_scipy() -> None:

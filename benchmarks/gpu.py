@@ -254,7 +254,7 @@ def main() -> None:
         )
         print("model   K  tokens a step  dropout  K steps, s  packed, s  ratio   tokens/s  share", flush=True)
         small = {"1B": 16, "8B": 8}[name]
-        large = {"1B": 32, "8B": 8}[name]
+        large = {"1B": 32, "8B": 16}[name]
         for dropout in (0.05, 0.0):
             steps(name, job, small, 1, 256, dropout, peak)
         for dropout in (0.05, 0.0):

@@ -61,7 +61,7 @@ def train(config: dict[str, Any]) -> None:
             learning_rate=config["learning_rate"],
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            max_length=128,
+            max_length=work["max_length"],
             bf16=work["compute_dtype"] == "bf16",
             activation_checkpointing=False,
             eval_strategy="steps",

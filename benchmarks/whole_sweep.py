@@ -60,6 +60,7 @@ class Work:
     steps: int
     evaluations: int
     batch_size: int
+    max_length: int
     compute_dtype: str
     cpus: float
     """Of a trial."""
@@ -103,7 +104,7 @@ def ours(directory: Path, work: Work, slots: int) -> tuple[Done, list[Entry]]:
     spec = {
         "name": "ours",
         "model": work.model,
-        "data": {"train": work.train, "validation": work.validation, "max_length": 128},
+        "data": {"train": work.train, "validation": work.validation, "max_length": work.max_length},
         "budget": {"steps": work.steps, "evaluations": work.evaluations},
         "search": {
             "trials": len(work.configs),
@@ -190,6 +191,7 @@ def main() -> None:
             asked.steps,
             asked.evaluations,
             asked.batch_size,
+            256 if asked.llama else 128,  # the Llama's small tokenizer makes up to 177 tokens of a row
             asked.compute_dtype,
             asked.cpus,
             asked.gpus,

@@ -23,6 +23,7 @@ from trainables.config import ComputeDtype, QLoRAConfig, QuantType
 from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
 from trainables.packed.base import LOGITS_AT_ONCE, Batch, label_losses
+from trainables.packed.fused import fuse, fusible
 from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
 
 PROCESS = {"cpu": 600_000_000, "cuda": 2**29}
@@ -172,8 +173,10 @@ def _kept(
 ) -> int:
     """Bytes that autograd keeps of a forward pass of one micro-batch, the weights of the model left aside."""
     dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
+    found = fusible(_on("meta", model, dtype)[0])  # which takes numbers
     with FakeTensorMode():
         skeleton, linear = _on("cpu", model, dtype)
+        fuse(skeleton, found)
         skeleton.requires_grad_(False).train(False)
         if skeleton.config._attn_implementation == "sdpa":
             skeleton.set_attn_implementation(UNMASKED)

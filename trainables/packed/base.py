@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainables.packed.adapter import Adapter, Stack
+from trainables.packed.fused import fuse, fusible
 from trainables.packed.layers import Dropout, Part, Plan, pack
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -54,6 +53,7 @@ class Base:
         self.notes = notes
         self.plan = Plan(torch.zeros((), device=model.device, requires_grad=True))
         self.layers = pack(model, self.plan, dtype)
+        fuse(model, fusible(model))
         self._stacks: dict[tuple[object, ...], Stack] = {}
         self._checkpointing = False
 
@@ -248,12 +248,30 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
     finally:
         hook.remove()
-    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    if len(logits) <= at_once:
-        return _cross_entropy(logits, batch.labels)
-    chunks = zip(torch.split(logits, at_once), torch.split(batch.labels, at_once), strict=True)
-    return torch.cat([recompute(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+    losses: Tensor = _CrossEntropy.apply(logits, batch.labels)  # type: ignore[no-untyped-call]
+    return losses
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+class _CrossEntropy(torch.autograd.Function):
+    """Of logits (labels, vocabulary) in any data type, in fp32 (labels,); few of them are held in fp32 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        scales = torch.cat([some.float().logsumexp(1) for some in logits.split(at_once)])
+        losses = scales - logits.gather(1, labels[:, None])[:, 0]
+        ctx.save_for_backward(logits, labels, scales, losses)
+        ctx.at_once = at_once
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, labels, scales, losses = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        result = torch.empty_like(logits)
+        for to, some, scale, factor in zip(
+            *(each.split(ctx.at_once) for each in (result, logits, scales[:, None], gradient)), strict=True
+        ):
+            to.copy_((some - scale).exp_().mul_(factor))
+        result.scatter_(1, labels[:, None], ((-losses).exp_().sub_(1)[:, None] * gradient).to(result.dtype))
+        return result, None

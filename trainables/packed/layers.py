@@ -7,7 +7,7 @@ product. Nothing of one trial is ever multiplied with anything of another, so wh
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from trainables.packed.kernels import kernel
 
 UINT32 = 2**32 - 1
 
@@ -96,20 +98,12 @@ def _drop_on_gpu(keys: Tensor, inputs: Tensor, highest: Tensor, x: Tensor) -> Te
     `x` in fp32 or bf16 is read and written as integers; two numbers of 16 bits are one.
     """
     bits = x.contiguous().view(torch.int32)
+    dropped: Tensor
     if x.itemsize == 4:
-        dropped = _kernel(_DROP)(bits, keys, inputs, highest)
+        dropped = kernel(_IS_KEPT + _DROP)(bits, keys, inputs, highest)
     else:
-        dropped = _kernel(_DROP_OF_TWO)(bits, keys, inputs[::2], inputs[1::2], highest)
+        dropped = kernel(_IS_KEPT + _DROP_OF_TWO)(bits, keys, inputs[::2], inputs[1::2], highest)
     return dropped.view(x.dtype)
-
-
-@cache
-def _kernel(code: str) -> Callable[..., Tensor]:
-    """CUDA code of an element; torch compiles it when it is called first, with nothing but CUDA's own libraries."""
-    from torch.cuda import jiterator
-
-    made: Callable[..., Tensor] = jiterator._create_jit_fn(_IS_KEPT + code)
-    return made
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,11 @@ class Memory:
     optimizer: int
     """Gradient and moments; paged moments are counted, which move to the host when the device is full."""
     activations: int
-    """What the forward pass of one micro-batch keeps for the backward pass."""
+    """What the forward pass of one micro-batch keeps for the backward pass; with gradient checkpointing, the inputs of
+    its blocks."""
     passing: int
-    """Logits and their gradient, or one layer dequantised with its gradients, whichever is more."""
+    """What the loss takes (gradients of logits, a few in fp32), or one layer dequantised with its gradients, whichever
+    is more. With gradient checkpointing the one has the logits besides, the other a block that is computed again."""
 
     @property
     def total(self) -> int:
@@ -136,21 +138,23 @@ def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int
     adapted = targets(found.layers, model, config.target_modules)
     dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype)
     kept = _kept(model, config.compute_dtype, config.r, tuple(adapted), rows, width, labels)
-    if config.gradient_checkpointing:  # the input of each block, and all of the one that is computed again
-        kept = kept // found.blocks + found.blocks * rows * width * found.width * dtype.itemsize
-    at_once = min(labels, max(1, LOGITS_AT_ONCE // found.vocabulary))
-    # Logits and their gradient in the model's data type; in fp32 those, and the gradient, of which a loss is taken.
-    logits = found.vocabulary * (2 * labels * dtype.itemsize + 2 * at_once * 4)
     layer = max(
         of_products.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
         for _, inputs, outputs in found.layers.values()
     )
+    logits = found.vocabulary * labels * dtype.itemsize
+    at_once = min(labels, max(1, LOGITS_AT_ONCE // found.vocabulary))
+    of_loss = logits + found.vocabulary * 2 * at_once * 4
+    if config.gradient_checkpointing:  # logits are gone before the last block is computed again
+        layer += (kept - logits) // found.blocks
+        of_loss += logits
+        kept = found.blocks * rows * width * found.width * dtype.itemsize
     return Memory(
         base=base_bytes(model, config.quant_type, config.compute_dtype, config.double_quant),
         adapter=size(model, config) * (4 + of_products.itemsize),
         optimizer=trained_bytes(model, config),
         activations=kept,
-        passing=max(logits, layer),
+        passing=max(of_loss, layer),
     )
 
 

@@ -80,8 +80,9 @@ def test_values_and_gradients_are_those_of_the_model(name, dtype, device):
     exact = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(ours, theirs, **exact)
     torch.testing.assert_close(our_gradient, their_gradient, **exact)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 or device == "cpu":  # in fp32 a GPU's sums differ in the last bit
         assert (ours == theirs).float().mean() > 0.95  # rounded where they round
+    if dtype == torch.bfloat16 or name.endswith("mlp"):
         assert our_bytes < their_bytes
     else:
         assert our_bytes <= their_bytes

@@ -52,10 +52,27 @@ class EngineProcess:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._engine, method)(*arguments)
 
+    @ray.method(max_task_retries=2)
+    def check(self, model: str, layers: Sequence[tuple[str, ...]], bf16: bool) -> None:
+        """See `check`."""
+        check(model, layers, bf16)
+
     def node(self) -> str:
         """Of the cluster, on which it runs."""
         node: str = ray.get_runtime_context().get_node_id()
         return node
+
+
+def check(model: str, layers: Sequence[tuple[str, ...]], bf16: bool) -> None:
+    """What only torch can tell, which the driver does without: whether the names of `layers` are names of the model's,
+    and with `bf16` whether the device of this process computes in bf16.
+
+    Raises ValueError or OSError, and says what is wrong.
+    """
+    models = importlib.import_module("trainables.model")
+    if bf16:
+        models.check_compute_dtype("bf16")
+    models.check_target_modules(model, layers)
 
 
 class Engines:

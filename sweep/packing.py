@@ -23,36 +23,50 @@ SAMPLED = 64
 ALONE = "Packing: each trial has a process of its own"
 
 
+def ahead(spec: SweepSpec, ledger: Ledger | None, left: int, engines: Sequence[int]) -> Any:
+    """An engine for `slots` that is started, and loads a base, while the data are tokenised; None where trials will
+    have processes of their own.
+
+    `ledger` is None when the sweep has none yet; the rest is as for `slots`.
+    """
+    decided = _decided(spec, left, engines)
+    if decided is None and ledger is not None and (measured := _recorded(spec, ledger)) is not None:
+        decided = _chosen(spec, measured, left, engines)
+    if not left or decided == 1:
+        return None
+    engine = launch(spec.resources.cpus, spec.resources.gpus, decided or MOST)
+    engine.call.remote("load", spec.model, max(_configs(spec), key=by_memory))  # a trial meets what goes wrong, too
+    return engine
+
+
 def slots(
     spec: SweepSpec,
     job: Job,
     ledger: Ledger,
     left: int,
     engines: Sequence[int],
+    engine: Any,
     drained: Callable[[], bool],
     note: Callable[[str], None],
 ) -> tuple[int, Any]:
-    """How many of the trials that are `left` share a device, and the engine that has measured it just now, if it is of
-    further use.
+    """How many of the trials that are `left` share a device, and an engine, if one runs already and is of further use.
 
-    `engines` are those that each machine has room for. Unless nothing can be learned from earlier trials, `auto` has at
-    most a third of the sweep's run at a time. What was measured is in the ledger, for the next run on such a device.
+    `engines` are those that each machine has room for; `engine` is one that was started `ahead`. Unless nothing can be
+    learned from earlier trials, `auto` has at most a third of the sweep's run at a time. What was measured is in the
+    ledger, for the next run on such a device.
     """
-    if isinstance(spec.packing, Packing):
-        return spec.packing.slots, None
-    if spec.trainable == "toy":
-        return 1, None
-    configs = sample(spec.space, SAMPLED, spec.search.seed)
-    most, bases = most_together(spec, left, engines), bases_of(configs)
-    if most // bases < 2:
-        return 1, None
-    measured, engine = _measured(spec, job, ledger, configs, drained, note)
-    chosen = 1
+    if (decided := _decided(spec, left, engines)) is not None:
+        return decided, engine
+    measured = _recorded(spec, ledger)
+    if measured is None:
+        note("Measuring how many trials should share a device")
+        engine = engine or launch(spec.resources.cpus, spec.resources.gpus, MOST)
+        measured = _measured(engine, spec, job, ledger, drained)
+    chosen = 1 if measured is None else _chosen(spec, measured, left, engines)
     if isinstance(measured, Measured):
-        chosen = fastest(measured, spec.resources.gpus, engines, bases, most)
         told = f"a step takes {measured.fixed:.3f} s and {measured.each:.3f} s for each trial"
         if chosen > 1:
-            gain = f"{measured.gain(chosen // bases):.1f} times as fast as one after the other"
+            gain = f"{measured.gain(chosen // bases_of(_configs(spec))):.1f} times as fast as one after the other"
             note(f"Packing: {chosen} trials share a device, {gain}; {told}")
         else:
             note(f"{ALONE}: {told}")
@@ -62,6 +76,26 @@ def slots(
         ray.kill(engine)
         engine = None
     return chosen, engine
+
+
+def _configs(spec: SweepSpec) -> list[QLoRAConfig]:
+    return sample(spec.space, SAMPLED, spec.search.seed)
+
+
+def _decided(spec: SweepSpec, left: int, engines: Sequence[int]) -> int | None:
+    """How many trials share a device, where that does not depend on what would be measured."""
+    if isinstance(spec.packing, Packing):
+        return spec.packing.slots
+    alone = spec.trainable == "toy" or most_together(spec, left, engines) // bases_of(_configs(spec)) < 2
+    return 1 if alone else None
+
+
+def _chosen(spec: SweepSpec, measured: Measured | str, left: int, engines: Sequence[int]) -> int:
+    """The same from what was measured, or from why it could not be."""
+    if isinstance(measured, str):
+        return 1
+    most = most_together(spec, left, engines)
+    return fastest(measured, spec.resources.gpus, engines, bases_of(_configs(spec)), most)
 
 
 def most_together(spec: SweepSpec, left: int, engines: Sequence[int]) -> int:
@@ -89,41 +123,41 @@ def fastest(measured: Measured, gpus: float, engines: Sequence[int], bases: int,
     return formula.slots(replace(measured, room=room, of_trial=of_trial), bases, most)
 
 
-def _measured(
-    spec: SweepSpec,
-    job: Job,
-    ledger: Ledger,
-    configs: Sequence[QLoRAConfig],
-    drained: Callable[[], bool],
-    note: Callable[[str], None],
-) -> tuple[Measured | str | None, Any]:
-    """What the ledger has of such a device or an engine measures now, or why it could not; None when the sweep drains.
-
-    And that engine.
-    """
-    gpus = spec.resources.gpus
-    kinds = sorted(kind for kind in ray.cluster_resources() if kind.startswith("accelerator_type:"))
-    here = {"cpus": spec.resources.cpus, "gpus": gpus, "devices": kinds, "memory": psutil.virtual_memory().total}
+def _recorded(spec: SweepSpec, ledger: Ledger) -> Measured | str | None:
+    """What was measured on such a device, or why it could not be; None when nothing was."""
     recorded = ledger.noted("packing")
-    if recorded is not None and recorded["on"] == here:
-        found = recorded["measured"]
-        return found if isinstance(found, str) else Measured(**found), None
-    note("Measuring how many trials should share a device")
+    if recorded is None or recorded["on"] != _device(spec):
+        return None
+    found = recorded["measured"]
+    return found if isinstance(found, str) else Measured(**found)
+
+
+def _device(spec: SweepSpec) -> dict[str, Any]:
+    """That for which a measurement holds."""
+    kinds = sorted(kind for kind in ray.cluster_resources() if kind.startswith("accelerator_type:"))
+    asked = spec.resources
+    return {"cpus": asked.cpus, "gpus": asked.gpus, "devices": kinds, "memory": psutil.virtual_memory().total}
+
+
+def _measured(
+    engine: Any, spec: SweepSpec, job: Job, ledger: Ledger, drained: Callable[[], bool]
+) -> Measured | str | None:
+    """What an engine measures now, or why it could not; None when the sweep drains."""
     job = replace(job, halvings=max((entry.halvings for entry in ledger.entries()), default=0))
-    engine = launch(spec.resources.cpus, gpus, MOST)
-    asked = engine.call.remote("measure", *to_be_measured(configs, job), job)
+    asked = engine.call.remote("measure", *to_be_measured(_configs(spec), job), job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drained():
-            return None, engine
+            return None
         if time.monotonic() - began > spec.trial_timeout:
-            return f"nothing was heard of it for {spec.trial_timeout:g} s", engine
+            return f"nothing was heard of it for {spec.trial_timeout:g} s"
     measured: Measured | str
     try:
         measured = ray.get(asked)
     except RayTaskError as error:  # it would be the same again
         measured = f"{type(error.cause).__name__}: {error.cause}"
     except RayError as error:
-        return str(error).splitlines()[0], engine
-    ledger.note("packing", {"on": here, "measured": measured if isinstance(measured, str) else asdict(measured)})
-    return measured, engine
+        return str(error).splitlines()[0]
+    noted = measured if isinstance(measured, str) else asdict(measured)
+    ledger.note("packing", {"on": _device(spec), "measured": noted})
+    return measured

@@ -1,9 +1,12 @@
 """Memory that ran out: how small the micro-batch of a trial must be, from what the ledger knows of it and of others."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sweep.study import Entry
 from trainables.config import QLoRAConfig
+
+if TYPE_CHECKING:  # every trial's process would import a database's library with it
+    from sweep.study import Entry
 
 HALVINGS = 3
 """So often the micro-batch of a trial may be halved; a configuration that does not fit then has failed."""
@@ -30,7 +33,7 @@ def may_halve(config: QLoRAConfig, halvings: int) -> bool:
     return halvings < HALVINGS and config.micro_batch(halvings) > 1
 
 
-def starting_halvings(entry: Entry, entries: Sequence[Entry]) -> int:
+def starting_halvings(entry: "Entry", entries: Sequence["Entry"]) -> int:
     """How often the micro-batch of `entry` is to be halved before it starts.
 
     As often as it was so far, and until it is no larger than that of any trial that ran out of memory and takes no

@@ -170,16 +170,16 @@ def run(
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),
         ):
-            bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
-            layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
-            if spec.model is not None and (bf16 or layers):
-                _check_with_torch(spec.model, layers, bf16, spec.resources.cpus, spec.resources.gpus)
+            left = _left(spec, recorded.entries() if recorded else [])
+            ahead = packing.ahead(spec, recorded, left, side_by_side) if _may_pack(place, address) else None
+            checked = _check_with_torch(spec, ahead)
             job = _job(spec, paths, listener)  # before the ledger, too
+            checked()
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
             searched_for = metric if spec.objective else None
             if searched_for and not (recorded and scoring.was_asked(recorded, searched_for[1])):
-                _try_objective(spec, place, job, drain)
+                _try_objective(spec, place, job, drain, alone=ahead is None)
             ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
             _note_news(ledger, MACHINES, sorted({*(ledger.noted(MACHINES) or ()), *map(_described, _machines())}))
             _note_news(ledger, PORTABLE, specs.dump(specs.portable(spec)))
@@ -226,7 +226,7 @@ def run(
                 return export.export_best(ledger, place, spec.model or spec.trainable, tokenizer, listener.note)
 
             keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
-            exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep)
+            exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep, ahead=ahead)
             if drain.cause not in ("signal", "breakdown"):
                 winner = export_best()
             requests.end_search()
@@ -280,6 +280,7 @@ def _verify(
         tracked=replace(tracked, group=f"{tracked.group} verification"),
         ask=lambda entries: verification.propose(entries, wanted),
         keep=0,
+        ahead=None,
     )
 
 
@@ -322,6 +323,7 @@ def _train(
     tracked: tracking.Tracking,
     ask: Callable[[list[Entry]], Proposal],
     keep: int,
+    ahead: Any,
     job: Job,
     side_by_side: Sequence[int],
     address: str,
@@ -332,7 +334,7 @@ def _train(
     """Train what is unfinished in a ledger, then what `ask` proposes, up to `search.trials` in total.
 
     The ledger is that of the `search`, or of its verification. Of the trials that have ended, the checkpoints of the
-    best `keep` stay. Returns why fewer were trained, if so.
+    best `keep` stay. `ahead` is what `packing.ahead` gave. Returns why fewer were trained, if so.
     """
     emptied: set[int] = set()
     place.claim(ledger.noted("sweep_id"))
@@ -345,13 +347,12 @@ def _train(
 
     watch = Watch(drain, spec.trial_timeout, alone=address == "local")
     watch.requests = requests
-    entries = ledger.entries()
-    unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
-    left = unfinished + max(0, spec.search.trials - len(entries))
+    left = _left(spec, ledger.entries())
     if _may_pack(place, address):
-        slots, measuring = packing.slots(spec, job, search, left, side_by_side, requests.drained, listener.note)
+        told = (requests.drained, listener.note)
+        slots, ahead = packing.slots(spec, job, search, left, side_by_side, ahead, *told)
     else:
-        slots, measuring = 1, None
+        slots = 1
         if spec.packing == "auto" and spec.trainable != "toy":
             listener.note(f"{packing.ALONE}: the machines of this cluster do not see each other's files")
     most = sum(side_by_side) * slots
@@ -361,9 +362,9 @@ def _train(
     engines = None
     if slots > 1 and left:
         wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
-        more = range(wanted - (measuring is not None))
+        more = range(wanted - (ahead is not None))
         launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
-        engines = engine.Engines(filter(None, [measuring, *launched]), slots, lambda: watch.draining)
+        engines = engine.Engines(filter(None, [ahead, *launched]), slots, lambda: watch.draining)
         watch.engines = engines
 
     def assign(entry: Entry) -> Assignment:
@@ -436,7 +437,7 @@ def _train(
     if left and not drain():
         asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
         with nullcontext() if place.verification else _pushing(spec, job, ledger, place, listener, drain):
-            _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked)
+            _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked, limit)
         for note in watch.unsaved():
             listener.note(note)
     if engines and not drain():
@@ -453,6 +454,12 @@ def _train(
     if drain.cause not in ("signal", "breakdown"):
         tidy(ledger, place, keep, emptied)
     return searcher.exhausted
+
+
+def _left(spec: SweepSpec, entries: Sequence[Entry]) -> int:
+    """How many trials are to be trained, or on."""
+    unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
+    return unfinished + max(0, spec.search.trials - len(entries))
 
 
 def _may_pack(place: Place, address: str) -> bool:
@@ -527,11 +534,12 @@ def _metric(spec: SweepSpec) -> tuple[str, scoring.Metric] | None:
         raise Refused(str(error)) from error
 
 
-def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> None:
+def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain, *, alone: bool) -> None:
+    """Call the metric once. `alone`: no engine has the device."""
     if spec.trainable == "toy":  # its rows have no text
         return
     assert spec.metric is not None
-    may_be_packed = spec.packing == "auto" or spec.packing.slots > 1  # the engine has the GPU then, and its trials none
+    asked = spec.resources
     try:
         scoring.try_objective(
             spec.metric,
@@ -539,7 +547,7 @@ def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain) -> Non
             place,
             Path(job.tokens).name,
             job.completions,
-            {"num_cpus": spec.resources.cpus, "num_gpus": 0 if may_be_packed else spec.resources.gpus},
+            {"num_cpus": asked.cpus, "num_gpus": asked.gpus} if alone else {"num_cpus": engine.CALLER_CPUS},
             spec.trial_timeout / 2,
             drain,
         )
@@ -735,31 +743,31 @@ def _check_address(address: str) -> None:
             ) from error
 
 
-def _check_with_torch(model: str, layers: Sequence[tuple[str, ...]], bf16: bool, cpus: float, gpus: float) -> None:
-    """Have a process of the cluster check what only torch can tell, before a trial is started.
+def _check_with_torch(spec: SweepSpec, ahead: Any) -> Callable[[], None]:
+    """Begin `engine.check`, by the engine that was started ahead or by a process of its own; what is returned waits for
+    it and raises Refused when something is wrong."""
+    bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
+    layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
+    if spec.model is None or not (bf16 or layers):
+        return lambda: None
+    asked = spec.resources
+    alone = ray.remote(num_cpus=asked.cpus, num_gpus=asked.gpus, max_retries=2)
+    checked = (alone(engine.check) if ahead is None else ahead.check).remote(spec.model, layers, bf16)
 
-    Whether the names of `layers` are names of the model's, and with `bf16` whether a trial's GPU computes in bf16. The
-    driver does without torch.
-    """
+    def wait() -> None:
+        try:
+            ray.get(checked)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError | OSError):
+                raise Refused(str(error.cause)) from error
+            raise
+        except ray.exceptions.RayError as error:
+            raise OSError(
+                f"{spec.model}: the processes that were to look at it before the trials died"
+                f" ({str(error).splitlines()[0]}), mostly for want of memory"
+            ) from error
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)
-    def check() -> None:
-        models = importlib.import_module("trainables.model")
-        if bf16:
-            models.check_compute_dtype("bf16")
-        models.check_target_modules(model, layers)
-
-    try:
-        ray.get(check.remote())
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError | OSError):
-            raise Refused(str(error.cause)) from error
-        raise
-    except ray.exceptions.RayError as error:
-        raise OSError(
-            f"{model}: three processes that were to look at it before the trials died"
-            f" ({str(error).splitlines()[0]}), mostly for want of memory"
-        ) from error
+    return wait
 
 
 def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
@@ -942,8 +950,14 @@ def _end_runs(
         tracking.finish(run, ENDED_AS[entry.state], facts)
 
 
-def _tune(searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any) -> None:
-    """Let Ray Tune run what the searcher hands out. Nothing of its own files is ever read: they go when it is done."""
+def _tune(
+    searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any, limit: int
+) -> None:
+    """Let Ray Tune run what the searcher hands out, up to `limit` at a time.
+
+    Nothing of its own files is ever read: they go when it is done.
+    """
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit)  # else their processes start one after the other
     # Tune sends the driver's AWS keys to trials, through Ray's logs and its server; each machine has its own.
     kept_here = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(kept_here)

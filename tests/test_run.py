@@ -159,6 +159,8 @@ def test_trials_side_by_side(space):
     assert all(entry.state.is_finished() for entry in entries)
     starts = sorted((e.trial.datetime_start, e.trial.datetime_complete) for e in entries)
     assert any(later[0] < earlier[1] for earlier, later in pairwise(starts))
+    told = [line for line in done.stdout.splitlines() if " started: " in line or " validation loss " in line]
+    assert all(" started: " in line for line in told[:3])  # none waits until the process of another one is there
 
 
 def test_a_gpu_asked_for_and_none_present(space):

@@ -219,6 +219,10 @@ def test_every_trial_is_a_run_of_the_project(undisturbed):
         (("train.jsonl", "broken.jsonl"), "broken.jsonl"),
         (("/llama", "/unfinished"), "config.json is missing"),
         (("space:", "space:\n  target_modules: [q_proj, v_porj]"), "'v_porj' ends the name of no linear layer"),
+        (
+            ("space:", "packing: {slots: 2}\nspace:\n  target_modules: [q_porj]"),
+            "'q_porj' ends the name of no linear layer",
+        ),
     ],
 )
 def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_path, change, message):

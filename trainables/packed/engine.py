@@ -23,6 +23,7 @@ import torch
 from trainables import qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
+from trainables.model import base
 from trainables.packed.base import Base
 from trainables.packed.measure import measure
 from trainables.packed.slots import Measured
@@ -65,6 +66,10 @@ class Engine:
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def load(self, model: str, config: QLoRAConfig) -> None:
+        """Have the base of trials that are to come in memory, as `model.base` does."""
+        self._called(lambda: base(model, config.quant_type, config.compute_dtype, config.double_quant))
 
     def measure(self, config: QLoRAConfig, rows: int, job: Job) -> Measured:
         """See `measure.measure`; before any trial."""
@@ -187,9 +192,9 @@ class Engine:
                 by_base.setdefault(member.trial.base, []).append(member)
         if not by_base:
             return []
-        base = min(by_base, key=lambda base: max(member.turn for member in by_base[base]))
-        group = sorted(by_base[base], key=lambda member: member.turn)  # those that waited longest
-        return group[: self._most.get(base, len(group))]
+        next_one = min(by_base, key=lambda each: max(member.turn for member in by_base[each]))
+        group = sorted(by_base[next_one], key=lambda member: member.turn)  # those that waited longest
+        return group[: self._most.get(next_one, len(group))]
 
     def _turn(self, group: Sequence[Member]) -> None:
         number = next(self._turns)

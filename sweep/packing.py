@@ -24,19 +24,20 @@ ALONE = "Packing: each trial has a process of its own"
 
 
 def ahead(spec: SweepSpec, ledger: Ledger | None, left: int, engines: Sequence[int]) -> Any:
-    """An engine for `slots` that is started, and loads a base, while the data are tokenised; None where trials will
-    have processes of their own.
+    """An engine for `slots` whose process starts now; None where trials will have processes of their own.
 
     `ledger` is None when the sweep has none yet; the rest is as for `slots`.
     """
-    decided = _decided(spec, left, engines)
+    configs = sample(spec.space, SAMPLED, spec.search.seed)
+    decided = _decided(spec, configs, left, engines)
     if decided is None and ledger is not None and (measured := _recorded(spec, ledger)) is not None:
-        decided = _chosen(spec, measured, left, engines)
-    if not left or decided == 1:
-        return None
-    engine = launch(spec.resources.cpus, spec.resources.gpus, decided or MOST)
-    engine.call.remote("load", spec.model, max(_configs(spec), key=by_memory))  # a trial meets what goes wrong, too
-    return engine
+        decided = _chosen(spec, configs, measured, left, engines)
+    return None if not left or decided == 1 else _launch(spec)
+
+
+def load(engine: Any, spec: SweepSpec) -> None:
+    """Have the engine load a base that trials will need; one of them meets, and tells of, what goes wrong."""
+    engine.call.remote("load", spec.model, max(sample(spec.space, SAMPLED, spec.search.seed), key=by_memory))
 
 
 def slots(
@@ -55,47 +56,51 @@ def slots(
     learned from earlier trials, `auto` has at most a third of the sweep's run at a time. What was measured is in the
     ledger, for the next run on such a device.
     """
-    if (decided := _decided(spec, left, engines)) is not None:
-        return decided, engine
-    measured = _recorded(spec, ledger)
-    if measured is None:
-        note("Measuring how many trials should share a device")
-        engine = engine or launch(spec.resources.cpus, spec.resources.gpus, MOST)
-        measured = _measured(engine, spec, job, ledger, drained)
-    chosen = 1 if measured is None else _chosen(spec, measured, left, engines)
-    if isinstance(measured, Measured):
-        told = f"a step takes {measured.fixed:.3f} s and {measured.each:.3f} s for each trial"
-        if chosen > 1:
-            gain = f"{measured.gain(chosen // bases_of(_configs(spec))):.1f} times as fast as one after the other"
-            note(f"Packing: {chosen} trials share a device, {gain}; {told}")
-        else:
-            note(f"{ALONE}: {told}")
-    elif measured is not None:
-        note(f"{ALONE}: a step of two could not be measured ({measured})")
-    if chosen == 1 and engine is not None:
+    configs = sample(spec.space, SAMPLED, spec.search.seed)
+    chosen = _decided(spec, configs, left, engines)
+    if chosen is None:
+        measured = _recorded(spec, ledger)
+        if measured is None:
+            note("Measuring how many trials should share a device")
+            engine = engine or _launch(spec)
+            measured = _measured(engine, spec, configs, job, ledger, drained)
+        chosen = 1 if measured is None else _chosen(spec, configs, measured, left, engines)
+        if isinstance(measured, Measured):
+            told = f"a step takes {measured.fixed:.3f} s and {measured.each:.3f} s for each trial"
+            if chosen > 1:
+                gain = f"{measured.gain(chosen // bases_of(configs)):.1f} times as fast as one after the other"
+                note(f"Packing: {chosen} trials share a device, {gain}; {told}")
+            else:
+                note(f"{ALONE}: {told}")
+        elif measured is not None:
+            note(f"{ALONE}: a step of two could not be measured ({measured})")
+    if engine is not None and (chosen == 1 or not left):  # of the trials of an earlier run some may just have ended
         ray.kill(engine)
         engine = None
     return chosen, engine
 
 
-def _configs(spec: SweepSpec) -> list[QLoRAConfig]:
-    return sample(spec.space, SAMPLED, spec.search.seed)
+def _launch(spec: SweepSpec) -> Any:
+    most = spec.packing.slots if isinstance(spec.packing, Packing) else MOST
+    return launch(spec.resources.cpus, spec.resources.gpus, most)
 
 
-def _decided(spec: SweepSpec, left: int, engines: Sequence[int]) -> int | None:
+def _decided(spec: SweepSpec, configs: Sequence[QLoRAConfig], left: int, engines: Sequence[int]) -> int | None:
     """How many trials share a device, where that does not depend on what would be measured."""
     if isinstance(spec.packing, Packing):
         return spec.packing.slots
-    alone = spec.trainable == "toy" or most_together(spec, left, engines) // bases_of(_configs(spec)) < 2
+    alone = spec.trainable == "toy" or most_together(spec, left, engines) // bases_of(configs) < 2
     return 1 if alone else None
 
 
-def _chosen(spec: SweepSpec, measured: Measured | str, left: int, engines: Sequence[int]) -> int:
+def _chosen(
+    spec: SweepSpec, configs: Sequence[QLoRAConfig], measured: Measured | str, left: int, engines: Sequence[int]
+) -> int:
     """The same from what was measured, or from why it could not be."""
     if isinstance(measured, str):
         return 1
     most = most_together(spec, left, engines)
-    return fastest(measured, spec.resources.gpus, engines, bases_of(_configs(spec)), most)
+    return fastest(measured, spec.resources.gpus, engines, bases_of(configs), most)
 
 
 def most_together(spec: SweepSpec, left: int, engines: Sequence[int]) -> int:
@@ -140,11 +145,16 @@ def _device(spec: SweepSpec) -> dict[str, Any]:
 
 
 def _measured(
-    engine: Any, spec: SweepSpec, job: Job, ledger: Ledger, drained: Callable[[], bool]
+    engine: Any,
+    spec: SweepSpec,
+    configs: Sequence[QLoRAConfig],
+    job: Job,
+    ledger: Ledger,
+    drained: Callable[[], bool],
 ) -> Measured | str | None:
     """What an engine measures now, or why it could not; None when the sweep drains."""
     job = replace(job, halvings=max((entry.halvings for entry in ledger.entries()), default=0))
-    asked = engine.call.remote("measure", *to_be_measured(_configs(spec), job), job)
+    asked = engine.call.remote("measure", *to_be_measured(configs, job), job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drained():

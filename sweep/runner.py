@@ -1,6 +1,5 @@
 """spec + study -> ray.tune.Tuner -> done. The only place that assembles a Tuner."""
 
-import importlib
 import importlib.metadata
 import itertools
 import logging
@@ -172,9 +171,10 @@ def run(
         ):
             left = _left(spec, recorded.entries() if recorded else [])
             ahead = packing.ahead(spec, recorded, left, side_by_side) if _may_pack(place, address) else None
-            checked = _check_with_torch(spec, ahead)
+            _check_with_torch(spec, ahead)
+            if ahead is not None:
+                packing.load(ahead, spec)
             job = _job(spec, paths, listener)  # before the ledger, too
-            checked()
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):
                 place.push(Path(job.tokens))
             searched_for = metric if spec.objective else None
@@ -435,9 +435,13 @@ def _train(
         watch=watch,
     )
     if left and not drain():
-        asked = {"cpu": spec.resources.cpus, "gpu": spec.resources.gpus}
+        asked = spec.resources
+        needs = {"cpu": engine.CALLER_CPUS} if engines else {"cpu": asked.cpus, "gpu": asked.gpus}
+        at_once = limit
+        if not engines and address != "local":  # others may have what the cluster has
+            at_once = max(1, min(limit, fit_on(ray.available_resources(), asked.cpus, asked.gpus)))
         with nullcontext() if place.verification else _pushing(spec, job, ledger, place, listener, drain):
-            _tune(searcher, scheduler, watch, drain, {"cpu": engine.CALLER_CPUS} if engines else asked, limit)
+            _tune(searcher, scheduler, watch, drain, needs, at_once)
         for note in watch.unsaved():
             listener.note(note)
     if engines and not drain():
@@ -743,31 +747,24 @@ def _check_address(address: str) -> None:
             ) from error
 
 
-def _check_with_torch(spec: SweepSpec, ahead: Any) -> Callable[[], None]:
-    """Begin `engine.check`, by the engine that was started ahead or by a process of its own; what is returned waits for
-    it and raises Refused when something is wrong."""
+def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
+    """See `engine.check`: by the engine that was started ahead, or by a process of its own."""
     bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
     layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
     if spec.model is None or not (bf16 or layers):
-        return lambda: None
+        return
     asked = spec.resources
     alone = ray.remote(num_cpus=asked.cpus, num_gpus=asked.gpus, max_retries=2)
-    checked = (alone(engine.check) if ahead is None else ahead.check).remote(spec.model, layers, bf16)
-
-    def wait() -> None:
-        try:
-            ray.get(checked)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | OSError):
-                raise Refused(str(error.cause)) from error
-            raise
-        except ray.exceptions.RayError as error:
-            raise OSError(
-                f"{spec.model}: the processes that were to look at it before the trials died"
-                f" ({str(error).splitlines()[0]}), mostly for want of memory"
-            ) from error
-
-    return wait
+    try:
+        ray.get((alone(engine.check) if ahead is None else ahead.check).remote(spec.model, layers, bf16))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError | OSError):
+            raise Refused(str(error.cause)) from error
+        raise
+    except ray.exceptions.RayError as error:
+        said = str(error).splitlines()
+        why = said[-1] if "creation task" in said[0] else f"{said[0]}, mostly for want of memory"
+        raise OSError(f"{spec.model}: the processes that were to look at it before the trials died ({why})") from error
 
 
 def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
@@ -951,13 +948,12 @@ def _end_runs(
 
 
 def _tune(
-    searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any, limit: int
+    searcher: LedgerSearcher, scheduler: LedgerScheduler, watch: Watch, drain: Drain, resources: Any, at_once: int
 ) -> None:
-    """Let Ray Tune run what the searcher hands out, up to `limit` at a time.
+    """Let Ray Tune run what the searcher hands out; so many processes start `at_once`.
 
-    Nothing of its own files is ever read: they go when it is done.
+    Nothing of Tune's own files is ever read: they go when it is done.
     """
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(limit)  # else their processes start one after the other
     # Tune sends the driver's AWS keys to trials, through Ray's logs and its server; each machine has its own.
     kept_here = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(kept_here)
@@ -983,9 +979,23 @@ def _tune(
             ),
         )
         try:
-            tuner.fit()
+            with _environment_variable("TUNE_MAX_PENDING_TRIALS_PG", str(at_once)):  # Tune's own choice is 1
+                tuner.fit()
         except Exception as error:  # noqa: BLE001 - what Tune does not expect of Ray it raises, with trials under way
             why = f"Ray Tune failed ({type(error).__name__}: {error})"
             if getattr(error, "errno", None) in DISK_FULL:
                 why += f"; free space for temporary files, on the disk of {gettempdir()} and of RAY_TMPDIR (/tmp)"
             drain.request("breakdown", why)
+
+
+@contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set for the block, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]

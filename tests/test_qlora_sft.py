@@ -20,7 +20,7 @@ from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import checkpoint, data, model, qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import DataConfig, QLoRAConfig
-from trainables.packed import base
+from trainables.packed import base, fused
 from trainables.protocol import Budget, Evaluation, Job, OutOfMemory, Slice, Step
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2-135m"
@@ -235,7 +235,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(tiny):
 
 def test_loss_in_chunks(tiny, monkeypatch):
     whole = run(CONFIG, tiny)
-    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 320 * 5)
+    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 320 * 5)
     for ours, theirs in zip(whole, run(CONFIG, tiny), strict=True):
         assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
 

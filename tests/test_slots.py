@@ -2,6 +2,10 @@
 
 import pytest
 
+from sweep import packing
+from sweep.spec import load
+from tests import sweeps
+from tests.ledgers import memory_ledger
 from trainables.packed.slots import MOST, Measured, slots
 
 GB = 10**9
@@ -39,3 +43,26 @@ def test_gain():
     step = measured(0.7, 0.3)
     assert step.gain(1) == 1
     assert step.gain(8) == pytest.approx(8 * (0.7 + 0.3) / (0.7 + 8 * 0.3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "left", "chosen", "of_use"),
+    [
+        (["packing.slots=2"], 8, 2, True),
+        (["packing.slots=2"], 0, 2, False),
+        (["packing.slots=1"], 8, 1, False),
+        (["packing=auto", "search.trials=12"], 1, 1, False),
+    ],
+)
+def test_an_engine_that_was_started_ahead_for_nothing_ends(
+    inputs, tmp_path, monkeypatch, settings, left, chosen, of_use
+):
+    """As when what was left of an earlier run was stopped by hand meanwhile: its device is needed by others."""
+    ended = []
+    monkeypatch.setattr(packing.ray, "kill", ended.append)
+    file = tmp_path / "tiny.yaml"
+    rows = f"{{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl}}"
+    file.write_text(sweeps.TOY.replace("trainable: toy", f"model: {inputs}/llama\ndata: {rows}"))
+    found = packing.slots(load(file, settings), None, memory_ledger(), left, [1], "engine", lambda: False, print)
+    assert found == (chosen, "engine" if of_use else None)
+    assert ended == ([] if of_use else ["engine"])

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from trainables.config import ComputeDtype, QLoRAConfig, QuantType
 from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
-from trainables.packed.base import LOGITS_AT_ONCE, Batch, label_losses
-from trainables.packed.fused import fuse, fusible
+from trainables.packed.base import Batch, label_losses
+from trainables.packed.fused import LOGITS_AT_ONCE, fuse, fusible
 from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
 
 PROCESS = {"cpu": 600_000_000, "cuda": 2**29}

@@ -30,7 +30,7 @@ class Adapter:
         self.layers = layers
         self.scale = config.alpha / (math.sqrt(config.r) if config.rslora else config.r)
         size = sum(config.r * (inputs + outputs) for _, inputs, outputs in layers.values())
-        self.weights = torch.empty(size, device=device)
+        self.weights = torch.empty(size, device=device, dtype=torch.float32)
         self.gradient: Tensor
         """Of the weights; it is zero between steps, and a place in a `Stack`."""
         self.named = {

@@ -12,13 +12,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainables.packed.adapter import Adapter, Stack
-from trainables.packed.fused import fuse, fusible
+from trainables.packed.fused import cross_entropy, fuse, fusible
 from trainables.packed.layers import Dropout, Part, Plan, pack
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids, and which of them are supervised."""
-LOGITS_AT_ONCE = 2**24
-"""Logits that are held in fp32 at the same time (64 MiB) while the loss is taken."""
 
 
 @dataclass(frozen=True)
@@ -248,30 +246,4 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
     finally:
         hook.remove()
-    losses: Tensor = _CrossEntropy.apply(logits, batch.labels)  # type: ignore[no-untyped-call]
-    return losses
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Of logits (labels, vocabulary) in any data type, in fp32 (labels,); few of them are held in fp32 at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-        scales = torch.cat([some.float().logsumexp(1) for some in logits.split(at_once)])
-        losses = scales - logits.gather(1, labels[:, None])[:, 0]
-        ctx.save_for_backward(logits, labels, scales, losses)
-        ctx.at_once = at_once
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, labels, scales, losses = ctx.saved_tensors
-        gradient = gradients[0][:, None]
-        result = torch.empty_like(logits)
-        for to, some, scale, factor in zip(
-            *(each.split(ctx.at_once) for each in (result, logits, scales[:, None], gradient)), strict=True
-        ):
-            to.copy_((some - scale).exp_().mul_(factor))
-        result.scatter_(1, labels[:, None], ((-losses).exp_().sub_(1)[:, None] * gradient).to(result.dtype))
-        return result, None
+    return cross_entropy(logits, batch.labels)

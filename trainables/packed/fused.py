@@ -1,4 +1,4 @@
-"""Norms and gates of a model, each as one operation that keeps nothing but its input for the backward pass.
+"""Norms, gates and the loss of a model, each as one operation that keeps little but its input for the backward pass.
 
 Transformers writes them as a dozen operations on all tokens, and autograd keeps what lies between, some of it in fp32.
 What is rounded is rounded where the model's own code rounds; only sums may be taken in another order.
@@ -6,17 +6,21 @@ What is rounded is rounded where the model's own code rounds; only sums may be t
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Module, SiLU
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from trainables.packed.kernels import kernel
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that are held in fp32 at the same time (64 MiB) while the loss is taken."""
 Operation = Callable[[Any, Tensor], Tensor]
 """What a module computes."""
 
@@ -53,11 +57,17 @@ def gated(module: Any, x: Tensor) -> Tensor:
     return result
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each label, in nats: fp32 (labels,). `logits` (labels, vocabulary) may have any data type."""
+    losses: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
+
+
 @cache
 def _computes(kind: Any, operation: Operation) -> bool:
     """Whether modules of this class do, tried on a stand-in that has what the operation needs and nothing else.
 
-    In bf16 and to the bit, so that it is rounded at the same places.
+    In bf16 on the CPU and to the bit, so that it is rounded at the same places.
     """
     drawn = torch.Generator().manual_seed(0)
 
@@ -68,9 +78,11 @@ def _computes(kind: Any, operation: Operation) -> bool:
     has = {"weight": numbers(8), "variance_epsilon": 0.1, "gate_proj": gate, "up_proj": up, "down_proj": down}
     stand_in: Any = SimpleNamespace(**has, act_fn=F.silu)
     x = numbers(2, 5, 8)
+    if len(signature(kind.forward).parameters) != 2:  # itself and one input
+        return False
     try:
         return bool(torch.equal(kind.forward(stand_in, x), operation(stand_in, x)))
-    except (AttributeError, TypeError):  # it needs other attributes, or more than one input
+    except (AttributeError, TypeError):  # it needs other attributes
         return False
 
 
@@ -88,6 +100,7 @@ class _Norm(torch.autograd.Function):
         return weight * unit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         of_unit = (gradients[0] * weight).to(x.dtype)
@@ -109,6 +122,7 @@ class _Gate(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (gradient,) = gradients
@@ -116,6 +130,34 @@ class _Gate(torch.autograd.Function):
             of_gate, of_up = kernel(_ROUNDED[gate.dtype] + _GATE_BACKWARD, results=2)(gradient, gate, up)
             return of_gate, of_up
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        highest = logits.amax(1, keepdim=True).float()
+        sums = [
+            (some - most).exp_().sum(1)
+            for some, most in zip(*(x.split(ctx.at_once) for x in (logits, highest)), strict=True)
+        ]
+        logarithm = torch.cat(sums).log_()[:, None]
+        losses: Tensor = logarithm + (highest - logits.gather(1, labels[:, None]))  # the sum first would cancel
+        ctx.save_for_backward(logits, labels, highest + logarithm, losses)
+        return losses[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, labels, scales, losses = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        result = torch.empty_like(logits)
+        for to, some, scale, factor in zip(
+            *(each.split(ctx.at_once) for each in (result, logits, scales, gradient)), strict=True
+        ):
+            to.copy_((some - scale).exp_().mul_(factor))
+        result.scatter_(1, labels[:, None], ((-losses).expm1_() * gradient).to(result.dtype))
+        return result, None
 
 
 _ROUNDED = {

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
 from sweep.spec import SweepSpec, dump, portable
-from sweep.status import Status
+from sweep.status import Status, rows_of
 from sweep.study import MACHINES, STATES, Entry, begun_by_newer, ranking
 from sweep.tracking import Row, described, run_name
 from sweep.validation import counted
@@ -103,7 +103,7 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
 def _standing(status: Status) -> str:
     ends = Counter(_ended_as(entry, status) for entry in status.entries)
     each = ", ".join(f"{count} {end}" for end, count in ends.items())
-    asked, seconds = status.spec.search.trials, sum(entry.cost.seconds for entry in status.entries)
+    asked, seconds = status.trials, sum(entry.cost.seconds for entry in status.entries)
     took = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     running = ", while it runs" if status.driver else ""
@@ -134,6 +134,8 @@ def _verdict(status: Status) -> Iterator[str]:
         f"Trial {winner.number:03d} ({described(winner.config, searched)}) is the best{so_far}: {criterion.name}"
         f" {criterion.text(objective)} after evaluation {evaluation} of {spec.budget.evaluations}{loss}."
     )
+    if rows := rows_of(status.place):
+        yield f"Trials learn from {counted(rows['train'], 'row')} and are compared on {rows['validation']:,} others."
     if early := report.cut_short(winner):
         yield f"It did not use its whole budget{early}: {_reason(winner)}."
     if (base := report.base(entries)) is not None:

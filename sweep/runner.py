@@ -43,6 +43,7 @@ from sweep.space import Space
 from sweep.spec import Packing, SpecError, SweepSpec, Verify
 from sweep.study import (
     ENDED_AS,
+    EXHAUSTED,
     MACHINES,
     PORTABLE,
     PROGRAM,
@@ -227,6 +228,8 @@ def run(
 
             keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
             exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep, ahead=ahead)
+            if exhausted is not None:
+                _note_news(ledger, EXHAUSTED, exhausted)
             if drain.cause not in ("signal", "breakdown"):
                 winner = export_best()
             requests.end_search()

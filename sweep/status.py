@@ -18,7 +18,7 @@ from sweep.place import Place
 from sweep.progress import Outlook, machine, outlook, overview, seeded, to_verify, verification_heading
 from sweep.requests import COMMAND, Request, waiting
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
+from sweep.study import EXHAUSTED, PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
 from trainables import data
 
 
@@ -54,24 +54,28 @@ class Status:
         return [] if ledger is None else ledger.entries()
 
     @property
+    def trials(self) -> int:
+        """How many the search is to have: `search.trials`, or those of a space that has no more."""
+        return len(self.entries) if self.ledger.noted(EXHAUSTED) else self.spec.search.trials
+
+    @property
     def verifications(self) -> int:
         """How many of these there are to be."""
-        expected = to_verify(self.spec.verify, self.entries, self.spec.search.trials)
+        expected = to_verify(self.spec.verify, self.entries, self.trials)
         ledger = self.ledger.verification()
         return max(expected, 0 if ledger is None else ledger.noted("trials") or 0)
 
     @property
     def outlook(self) -> Outlook:
         """What is left, as of the newest evaluations."""
-        trials, rule = self.spec.search.trials, self.spec.early_stopping or None
-        evaluations = self.spec.budget.evaluations
-        return outlook(self.entries, trials, evaluations, rule, self.verifying, self.verifications)
+        rule, evaluations = self.spec.early_stopping or None, self.spec.budget.evaluations
+        return outlook(self.entries, self.trials, evaluations, rule, self.verifying, self.verifications)
 
     @property
     def is_done(self) -> bool:
         """Whether no trial is left to do."""
         runs = any(entry.state is TrialState.RUNNING for entry in [*self.entries, *self.verifying])
-        begun = len(self.entries) >= self.spec.search.trials and len(self.verifying) >= self.verifications
+        begun = len(self.entries) >= self.trials and len(self.verifying) >= self.verifications
         return begun and not runs
 
     @property
@@ -200,19 +204,27 @@ def _as_begun(place: Place) -> dict[str, float]:
 
 def _best_passes(found: Status, entry: Entry) -> dict[str, float]:
     """A budget of as many passes over all rows as the best checkpoint of a trial had made over the training rows."""
-    budget, tokens = found.spec.budget, tokenised(found.place)
+    budget, rows = found.spec.budget, rows_of(found.place)
     name_it = "say how long: --set budget.steps=…"
     if entry.best is None:
         raise NoSweep(f"--all-data: trial {entry.number} has no validation loss that says how long to train; {name_it}")
     evaluation, _ = entry.best
     if budget.epochs is not None:
         return {"budget.epochs": budget.epochs * evaluation / budget.evaluations}
-    if tokens is None:
+    if rows is None:
         raise NoSweep(f"--all-data: the tokens of {found.place.url} are not on this machine; {name_it}")
-    rows = json.loads((tokens / data.SUMMARY).read_text(encoding="utf-8"))["rows"]
     assert budget.steps is not None
     steps = budget.per_trial.evaluation_steps(budget.steps)[evaluation - 1]
     return {"budget.steps": max(1, round(steps * (rows["train"] + rows["validation"]) / rows["train"]))}
+
+
+def rows_of(place: Place) -> dict[str, int] | None:
+    """How many rows each part of a sweep's data has; None when this machine does not have its tokens."""
+    tokens = tokenised(place)
+    if tokens is None:
+        return None
+    rows: dict[str, int] = json.loads((tokens / data.SUMMARY).read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def tokenised(place: Place) -> Path | None:
@@ -237,7 +249,7 @@ def _is_driven(place: Place) -> bool:
 def show(console: Console, status: Status) -> None:
     """Print the trials, the best so far against base and default, and whether the sweep is running."""
     spec, entries = status.spec, status.entries
-    searched, trials, evaluations = spec.space.searched, spec.search.trials, spec.budget.evaluations
+    searched, evaluations = spec.space.searched, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
     console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
     if newer := begun_by_newer(status.ledger):
@@ -259,7 +271,9 @@ def show(console: Console, status: Status) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     seconds, to_verify_yet = ahead.whole.seconds, status.verifications - sum(e.state.is_finished() for e in fresh)
     left = f", about {duration(seconds)} left{'' if alive else ', once it goes on'}" if seconds else ""
-    console.print(f"{report.standing(entries, trials, to_verify_yet)}{left}.", highlight=False)
+    console.print(f"{report.standing(entries, status.trials, to_verify_yet)}{left}.", highlight=False)
+    if exhausted := status.ledger.noted(EXHAUSTED):
+        console.print(f"The search ended early: {exhausted}.", highlight=False)
     if status.command and not alive and not status.is_done:
         console.print(f"It goes on with: {status.command}", highlight=False, soft_wrap=True)
     for request in status.waiting:

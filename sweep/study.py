@@ -64,6 +64,8 @@ MACHINES = "machines"
 """Note in the ledger: what the machines have that it ran on, a text for each kind."""
 PORTABLE = "spec"
 """Note in the ledger: the spec as it may be run elsewhere (`spec.portable`), in YAML."""
+EXHAUSTED = "exhausted"
+"""Note in the ledger: why fewer than `search.trials` were tried, where the space has no more."""
 
 
 @dataclass(frozen=True)

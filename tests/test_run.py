@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from io import StringIO
 from itertools import pairwise
 
 import pytest
 from optuna.trial import TrialState
+from rich.console import Console
 
+from sweep.status import look, show
 from sweep.study import Ledger
 from tests import sweeps
 from tests.wandb_files import final, history, records
@@ -140,6 +143,12 @@ def test_exhausted_space_ends_the_sweep(space):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 4 configurations of the space have been tried" in done.stdout
     assert len(sweeps.entries(space)) == 4
+    status = look(str(space.parent / "sweeps/toy"))
+    assert status.is_done
+    show(console := Console(file=StringIO(), width=160), status)
+    assert "4 of 4 trials are done" in console.file.getvalue()
+    assert "all 4 configurations of the space have been tried" in console.file.getvalue()
+    assert "It goes on with" not in console.file.getvalue()
 
 
 def test_diverged_trials_fail_and_a_sweep_of_nothing_else_exits_with_1(space):

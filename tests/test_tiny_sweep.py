@@ -67,8 +67,10 @@ def write(directory: Path, inputs: Path) -> Path:
 
 
 def test_trains_and_says_what(undisturbed):
-    _, done, entries = undisturbed
+    space, done, entries = undisturbed
     assert done.stderr == ""
+    told = (space.parent / "sweeps/tiny/report.html").read_text()
+    assert "Trials learn from 64 rows and are compared on 24 others." in told
     assert "in 4 bits" in done.stdout
     assert "adapter r=16 on 14 layers" in done.stdout
     assert {entry.state for entry in entries} == {TrialState.COMPLETE, TrialState.PRUNED}

@@ -1,5 +1,6 @@
 """Ray nodes as machines: each in a process group of its own, to be told to end or to be killed."""
 
+import re
 import subprocess
 import sys
 import time
@@ -53,14 +54,16 @@ def kill(node: psutil.Popen) -> None:
 
 def trial_processes(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those of them that train."""
+    return called(processes, r"Trainable|SlicedTrial")  # in a call, and between two
+
+
+def called(processes: list[psutil.Process], pattern: str) -> list[psutil.Process]:
+    """Those of them in whose command the pattern is found."""
     found = []
     for process in processes:
-        try:
-            name = " ".join(process.cmdline())
-            if "Trainable" in name or "SlicedTrial" in name:  # in a call, and between two
+        with suppress(psutil.Error):  # it has just ended
+            if re.search(pattern, " ".join(process.cmdline())):
                 found.append(process)
-        except psutil.Error:  # it has just ended
-            continue
     return found
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from sweep import NoSweep, look, report, rerun_spec, runner, scoring
 from sweep.spec import dump, load
 from sweep.study import ranking
-from tests import hub_server, sweeps
+from tests import hub_server, nodes, sweeps
 from tests.ledgers import add_trial, memory_ledger
 from tests.wandb_files import final, history, records
 from trainables import data
@@ -134,7 +134,7 @@ def test_a_process_that_dies_before_the_first_trial(inputs, tmp_path):
     process = sweeps.start(space, "--set", "space.target_modules=[q_proj]")
 
     def checking() -> list[psutil.Process]:
-        return [p for p in psutil.Process(process.pid).children(recursive=True) if "check" in p.name()]
+        return nodes.called(psutil.Process(process.pid).children(recursive=True), "^ray::check")
 
     for _ in range(3):  # the first two are replaced
         sweeps.wait_until(lambda: len(checking()) > 0, process)
@@ -143,7 +143,7 @@ def test_a_process_that_dies_before_the_first_trial(inputs, tmp_path):
         found.wait()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert f"{inputs}/llama: three processes that were to look at it before the trials died" in output
+    assert f"{inputs}/llama: the processes that were to look at it before the trials died" in output
     assert "The same command goes on" in output
     assert "Traceback" not in output
 

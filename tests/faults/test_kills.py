@@ -61,7 +61,7 @@ def test_ray_ends_on_this_machine(undisturbed, space):
     _, _, expected = undisturbed
     process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
-    (raylet,) = (child for child in processes(process) if child.name() == "raylet")
+    (raylet,) = nodes.called(processes(process), "^[^ ]*/raylet ")
     raylet.kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
@@ -84,7 +84,7 @@ def test_orphans_end_by_themselves_and_write_nothing(space):
     process = sweeps.start(space, TOY_STEP_SECONDS="0.2")
     sweeps.wait_until(lambda: sweeps.reported(space) >= 2, process)
     sweeps.wait_until(lambda: len(nodes.trial_processes(processes(process))) > 0, process, seconds=20)
-    orphans = [child for child in processes(process) if not child.name().endswith("Agent")]
+    orphans = nodes.called(processes(process), r"^(?!ray::\w+Agent)")
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(orphans, timeout=30)

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -68,12 +67,7 @@ def attempts(space: Path) -> set[str]:
 
 
 def engines(process) -> list[psutil.Process]:
-    found = []
-    for child in children(process):
-        with suppress(psutil.Error):  # it has just ended
-            if "EngineProcess" in child.name():
-                found.append(child)
-    return found
+    return nodes.called(children(process), "EngineProcess")
 
 
 def children(process) -> list[psutil.Process]:

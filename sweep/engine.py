@@ -123,13 +123,15 @@ class Engines:
         """The engine with the fewest of the running trials that is not lost; each forgets the trials that it has no
         longer.
 
-        One that was never seen to run is the last choice: the cluster may have no room for it.
+        One that was not seen to run in a minute is the last choice: the cluster may have no room for it.
         """
         self.look()
+        now = time.monotonic()
+        unseen = {i for i, since in self._down.items() if i not in self._nodes and now - since > START_SECONDS}
         loads = Counter(self._places[other] for other in running if other != number and other in self._places)
         chosen = min(
             range(len(self._engines)),
-            key=lambda i: (i in self._lost, loads[i] >= self._slots, i not in self._nodes, loads[i]),
+            key=lambda i: (i in self._lost, loads[i] >= self._slots, i in unseen, loads[i]),
         )
         for other, where in list(self._places.items()):
             if other not in running or (other == number and where != chosen):

@@ -103,6 +103,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
     else:
         assert spec.data is not None
         assert spec.model is not None
+        data.check_model(spec.model)
         with TemporaryDirectory(prefix="qlora-plan-") as scratch, ThreadPoolExecutor(1) as beside:
             importing = beside.submit(importlib.import_module, "trainables.memory")  # seconds, as tokenising takes
             prepared = data.prepare(spec.data, spec.model, Path(scratch))

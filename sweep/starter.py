@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,10 +31,12 @@ def starter(model: str, train: str, file: Path) -> str:
     Raises `trainables.data.DataError` when these cannot be used.
     """
     directory, named = file.absolute().parent, shlex.quote(str(file))
-    memory = importlib.import_module("trainables.memory")
     rows = DataConfig(train=train, validation=0.05, max_length=2**20)
-    with TemporaryDirectory(prefix="qlora-init-") as scratch:
+    data.check_model(model)  # a wrong name need not wait for the import
+    with TemporaryDirectory(prefix="qlora-init-") as scratch, ThreadPoolExecutor(1) as beside:
+        importing = beside.submit(importlib.import_module, "trainables.memory")  # seconds, as tokenising takes
         prepared = data.prepare(rows, model, Path(scratch))
+        memory = importing.result()
         tokens = data.load(prepared.path).train
         lengths = np.diff(tokens.offsets)
         longest = int(lengths.max())

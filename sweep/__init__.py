@@ -22,7 +22,7 @@ _HOMES = {
     "ask": "sweep.requests",
     "upload": "sweep.sync",
     "make_view": "sweep.workspace:make_for",
-    "starter": "sweep.starter",
+    "starter": "sweep.init",
     "take_home": "sweep.export",
     "write_report": "sweep.page:write",
     "SweepSpec": "sweep.spec",
@@ -39,7 +39,7 @@ _HOMES = {
     "DataError": "trainables.data",
 }
 """Name -> module that has it, and what it is called there if not the same; imported when it is asked for, because most
-bring seconds of imports along."""
+bring seconds of imports along. No module here has such a name: importing it would put it in the place of the other."""
 
 __all__ = sorted(_HOMES)
 

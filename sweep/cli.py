@@ -70,6 +70,10 @@ def run(
         spec = load(space, set_ or [])
     except SpecError as error:
         raise typer.Exit(_wrong_input(error)) from error
+    here = Path(spec.storage) / spec.name
+    beside = space.parent / here  # the same for an absolute path, and nothing for a URL
+    if beside.exists() and not here.exists():
+        print(f"{beside} has a sweep of this name; this one begins anew in {here}, for storage starts where you are")
     _run(spec, address)
 
 
@@ -128,7 +132,7 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
-    from sweep import report, runner, verification
+    from sweep import report, requests, runner, verification
     from sweep.progress import terminal
     from sweep.validation import Refused, counted
     from trainables.data import DataError
@@ -179,6 +183,8 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         console.print(line, highlight=False, soft_wrap=True)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
+    for line in requests.not_tried(outcome.ledger, spec.space, spec.search.trials):
+        console.print(line, highlight=False, soft_wrap=True)
     if outcome.cause:
         console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True)
     nothing = outcome.winner is None and not report.any_finished(outcome.ledger.entries())
@@ -215,13 +221,16 @@ def init(
 
     Exit codes: 0 written, 2 model or data cannot be used, or the file is there already.
     """
-    from sweep.starter import starter
+    from rich.console import Console
+
+    from sweep.init import starter
 
     try:
         if space.exists():
             other = shlex.join(["python", "-m", "sweep", "init", model, data, f"{space.with_suffix('')}-2.yaml"])
             raise ValueError(f"{space} is there already; name another file: {other}")
-        text = starter(model, data, space)
+        with Console(stderr=True).status(f"Looking at {model} and {data}"):  # on a terminal
+            text = starter(model, data, space)
         space.write_text(text)
     except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error

@@ -18,18 +18,31 @@ def rungs(evaluations: int, grace: int, reduction: float) -> tuple[int, ...]:
 
 
 def survivors(trials: int, evaluations: int, rule: EarlyStopping | None) -> list[float]:
-    """Trials that are expected to reach evaluation 1, 2, …: at a rung of ASHA the best 1/reduction go on.
+    """Trials that are expected to reach evaluation 1, 2, …, when they come to each rung of ASHA in random order.
 
-    That is what a rung lets through when all its trials have come to it. Early ones have fewer to be compared with, so
-    a few more go on. A budget without evaluations is a single part.
+    A budget without evaluations is a single part.
     """
     stops = rungs(evaluations, rule.grace, rule.reduction) if rule else ()
     expected, left = [], float(trials)
     for evaluation in range(1, max(evaluations, 1) + 1):
         expected.append(left)
         if rule and evaluation in stops:
-            left = max(1.0, left / rule.reduction)
+            left = _let_through(left, rule.reduction)
     return expected
+
+
+def _let_through(trials: float, reduction: float) -> float:
+    """How many of the trials that come to a rung `loses` lets go on, on average.
+
+    The first does. The k-th is compared with k - 1, below whose quantile it is with a probability of (1 + (k - 2) /
+    reduction) / k if objectives are spread evenly there: of n that is 1 + (n - 1) / reduction + (1 - 2 / reduction)
+    (1/2 + … + 1/n), more than the 1/reduction of them that a rung keeps that waits for all.
+    """
+    if trials <= 1:
+        return trials
+    whole = int(trials)
+    fractions = sum(1 / k for k in range(2, whole + 1)) + (trials - whole) / (whole + 1)
+    return 1 + (trials - 1) / reduction + (1 - 2 / reduction) * fractions
 
 
 def loses(objective: float, others: Sequence[float], reduction: float) -> bool:

@@ -329,6 +329,9 @@ def _replacing(to: Path) -> Iterator[Path]:
         unfinished = Path(scratch) / to.name
         unfinished.mkdir()
         yield unfinished
+        for file in unfinished.rglob("*"):  # safetensors gives its files to their owner alone
+            if file.is_file():
+                file.chmod((unfinished / "sweep.json").stat().st_mode)
         shutil.rmtree(to, ignore_errors=True)
         unfinished.rename(to)
 

@@ -1,6 +1,7 @@
 """What a sweep would do, before anything is started: data, steps, early stopping, memory, and configurations."""
 
 import importlib
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from rich.table import Table
 from sweep import earlier, scoring
 from sweep.early_stopping import survivors
 from sweep.progress import terminal, to_verify
-from sweep.spec import SweepSpec
+from sweep.spec import Packing, SweepSpec
 from sweep.study import Ledger, Observation, SpaceExhausted, as_trial, first_params, propose, sample
 from sweep.tracking import described
 from trainables import data
@@ -145,8 +146,15 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                     "gpu",
                     ["trials ask for one, and this machine has none: `run` would refuse. Of a CPU they would take:"],
                 )
+            if spec.resources.cpus > (cores := os.cpu_count() or 1):
+                asked = f"{spec.resources.cpus:g} cores, and this machine has {cores}"
+                say("cpu", [f"trials ask for {asked}: `run` would refuse here"])
             heaviest = needed["heaviest"][1].total + process
             say("memory", _room(heaviest, process, device, free, room))
+            if isinstance(spec.packing, Packing) and spec.packing.slots > 1:
+                say(
+                    "", [f"with packing.slots {spec.packing.slots} so many share a process and its base, and take less"]
+                )
             if heaviest > room:
                 say("", _too_large(configs, fits, spec.space.searched))
             console.print(_memory(needed, spec.space.searched))

@@ -41,8 +41,10 @@ class Probed:
     """Seconds that a process takes to start."""
     at_a_time: int
     """Trials that train at the same time."""
+    places: int
+    """Processes in which they do."""
     slots: int
-    """Trials in a process."""
+    """Trials in a process, at most."""
     gain: float
     """How many times as fast as one after the other those train."""
 
@@ -78,6 +80,7 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
         halvings={name: halvings for name, (halvings, _) in found.items()},
         imports=imports,
         at_a_time=most,
+        places=min(fit, most),
         slots=slots,
         gain=gain,
     )
@@ -91,7 +94,7 @@ def told(
 
     `survivors` are the trials that are expected to reach evaluation 1, 2, ….
     """
-    places, evaluations = -(-probed.at_a_time // probed.slots), spec.budget.evaluations
+    places, evaluations = probed.places, spec.budget.evaluations
     longer = [each + to_verify(spec.verify, [], spec.search.trials) for each in survivors]
     measured, whole, verifying = [], [], []
     for name, config in configs.items():

@@ -83,6 +83,18 @@ def enqueued(ledger: Ledger) -> list[dict[str, Any]]:
     return [answer["params"] for answer in ledger.noted(ANSWERED) or () if answer["params"] is not None]
 
 
+def not_tried(ledger: Ledger, space: Space, trials: int) -> list[str]:
+    """A line for each configuration that was enqueued and has not been tried; `trials` are those that are asked for."""
+    begun = {entry.config for entry in ledger.entries()}
+    configs = dict.fromkeys(drawn(params, space).config for params in enqueued(ledger))
+    waiting = [config for config in configs if config not in begun]
+    return [
+        f"Enqueued, and not tried yet: {described(config, space.searched)}"
+        + (f"; it needs search.trials={number}" if number > trials else "")
+        for number, config in enumerate(waiting, start=len(ledger) + 1)
+    ]
+
+
 def obstacle(request: Request, ledger: Ledger, space: Space, evaluations: int) -> str | None:
     """Why a request cannot be honoured as the ledger stands; None when it can. `evaluations` are a whole budget."""
     entries = {entry.number: entry for entry in ledger.entries()}

@@ -28,7 +28,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import earlier, engine, export, packing, report, scoring, sync, tracking, verification, workspace
+from sweep import earlier, engine, export, packing, report, scoring, status, sync, tracking, verification, workspace
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
@@ -161,7 +161,7 @@ def run(
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         since = time.time_ns()
         place.pull_file(paths.spec)
-        _same_as_recorded(spec, paths)
+        _same_as_recorded(spec, place)
         recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
@@ -361,10 +361,10 @@ def _train(
     most = sum(side_by_side) * slots
     limit = min(most, spec.resources.concurrency or most)
     if left:
-        ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), -(-min(limit, spec.search.trials) // slots)))
+        ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), limit, spec.search.trials))
     engines = None
     if slots > 1 and left:
-        wanted = min(sum(side_by_side), -(-min(limit, left) // slots))
+        wanted = min(sum(side_by_side), limit, left)
         more = range(wanted - (ahead is not None))
         launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
         engines = engine.Engines(filter(None, [ahead, *launched]), slots, lambda: watch.draining)
@@ -770,8 +770,9 @@ def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
         raise OSError(f"{spec.model}: the processes that were to look at it before the trials died ({why})") from error
 
 
-def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
+def _same_as_recorded(spec: SweepSpec, place: Place) -> None:
     """Refuse to go on with a sweep directory that holds another spec."""
+    paths = place.paths
     if not paths.spec.exists():
         return
     try:
@@ -780,10 +781,15 @@ def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
         raise Refused(f"the spec that {paths.root} was begun with cannot be read:\n{error}") from error
     changed = specs.changes(recorded, spec)
     if changed:
+        try:
+            command = status.look(place.url).command
+        except status.NoSweep:
+            command = None
         raise Refused(
             f"{paths.root} holds a sweep with another spec:\n  "
             + "\n  ".join(changed)
             + "\nGive this one another `name`, restore the old values, or move the directory away."
+            + (f"\nIt goes on as it is with: {command}" if command else "")
         )
 
 

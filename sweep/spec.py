@@ -319,7 +319,8 @@ def dump(spec: SweepSpec) -> str:
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 4096  # no line is folded
-    yaml.dump(spec.model_dump(mode="json", exclude_none=True, by_alias=True), stream)
+    values = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
+    yaml.dump({key: value for key, value in values.items() if value != {}}, stream)
     return stream.getvalue()
 
 

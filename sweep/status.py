@@ -16,7 +16,7 @@ from sweep import spec as specs
 from sweep.forecast import duration
 from sweep.place import Place
 from sweep.progress import Outlook, machine, outlook, overview, seeded, to_verify, verification_heading
-from sweep.requests import COMMAND, Request, waiting
+from sweep.requests import COMMAND, Request, not_tried, waiting
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import EXHAUSTED, PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
 from trainables import data
@@ -104,6 +104,8 @@ def look(directory: str, ledger: str | None = None) -> Status:
     """
     place = Place.at(directory)
     paths = place.paths
+    if Path(directory).is_file():
+        raise NoSweep(f"{directory} is a file; name the directory of a sweep, like sweeps/pricer")
     try:
         place.pull_file(paths.spec)
         recorded = specs.load(paths.spec, inputs=False)
@@ -276,6 +278,8 @@ def show(console: Console, status: Status) -> None:
         console.print(f"The search ended early: {exhausted}.", highlight=False)
     if status.command and not alive and not status.is_done:
         console.print(f"It goes on with: {status.command}", highlight=False, soft_wrap=True)
+    for line in not_tried(status.ledger, spec.space, spec.search.trials):
+        console.print(line, highlight=False, soft_wrap=True)
     for request in status.waiting:
         console.print(f"Asked for, and not done yet: {request}", highlight=False)
 

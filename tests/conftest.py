@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers, and the sweeps that 
 
 def pytest_collection_modifyitems(items):
     """Files of long tests first, so that no worker is left with them when the others are done."""
-    long = "packing kills object_store run tiny_sweep sync signals damage qlora_sft plan secrets starter packed"
+    long = "packing kills object_store run tiny_sweep sync signals damage qlora_sft plan secrets init packed"
     long += " verification requests nodes earlier api status tracking"
     place = {f"test_{name}.py": number for number, name in enumerate(long.split())}
     items.sort(key=lambda item: place.get(item.path.name, len(long)))

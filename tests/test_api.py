@@ -1,6 +1,7 @@
 """What notebooks and programs import from `sweep`, and that a process can use it more than once."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -59,6 +60,7 @@ def test_names_are_frozen():
     assert sweep.__all__ == NAMES == dir(sweep)
     for name in NAMES:
         assert getattr(sweep, name).__doc__, name
+        assert importlib.util.find_spec(f"sweep.{name}") is None  # it would take the name's place once it is imported
     with pytest.raises(AttributeError, match="has no attribute 'runn'"):
         _ = sweep.runn
 

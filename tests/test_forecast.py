@@ -2,6 +2,7 @@
 
 import pytest
 
+from sweep.early_stopping import survivors
 from sweep.forecast import duration, forecast
 from sweep.spec import EarlyStopping
 from tests.ledgers import add_trial, memory_ledger
@@ -57,13 +58,15 @@ def test_without_evaluations_only_the_end_is_known():
 
 
 def test_early_stopping_ends_most():
-    """Of 27 trials 9 go on after the first of nine evaluations, and 3 after the third: 63 evaluations in all."""
+    """Of 27 trials 10.6 go on after the first of nine evaluations, and 4.9 after the third."""
     ledger = memory_ledger()
     number = begun(ledger, 1, 10.0)
     ahead = forecast(ledger.entries(), 27, 9, RULE)
     assert ahead.of_trial == {number: 80.0}  # if nothing stops it
-    rest = 10 * (9 + 9 + 6 * 3) / 9
-    assert ahead.seconds == pytest.approx(rest + 26 * 10 * 63 / 27)
+    ladder = survivors(27, 9, RULE)
+    assert [round(each, 1) for each in ladder] == [27, 10.6, 10.6, *[4.9] * 6]
+    rest = 10 * sum(ladder[1:]) / ladder[1]
+    assert ahead.seconds == pytest.approx(rest + 26 * 10 * sum(ladder) / 27)
     assert forecast(ledger.entries(), 1, 9, None).seconds == 80.0
 
 

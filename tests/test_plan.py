@@ -1,6 +1,8 @@
 """What a sweep would do: counted where it can be counted, as the sweep itself then has it."""
 
+import random
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import Gemma2Config, GPT2Config
 
 from sweep import plan as plans
-from sweep.early_stopping import survivors
+from sweep.early_stopping import loses, survivors
 from sweep.plan import largest_micro_batch
 from sweep.spec import EarlyStopping, load
 from tests import sweeps
@@ -172,19 +174,36 @@ def test_bytes_on_disk(inputs, tmp_path):
     assert told[0] == "80 MB with a trial at a time, 30 more for each beside it:"  # (4 + 3) of 10, 8 and 2
     assert told[1].startswith("checkpoints of 10.0 at most, 4 of ended trials, up to 3")
     assert next(plans._disk(spec, 10_000_000, 8_000_000, tmp_path, 3_000_000)).startswith("83 MB")
-    # Of 9 trials 3 reach the second evaluation of 3; 12 whole ones follow.
+    # Of 9 trials 4.3 reach the second evaluation of 3; 12 whole ones follow.
     offline = load(space, ["verify={top: 4}", "tracking.mode=offline"])
-    assert plans._tracked(offline, 16) == (9 + 12) * plans.TRACKED_RUN + (5 + 12) * 16 * plans.TRACKED_STEP
+    assert plans._tracked(offline, 16) == int(
+        (9 + 12) * plans.TRACKED_RUN + (sum(survivors(9, 3, spec.early_stopping)) / 3 + 12) * 16 * plans.TRACKED_STEP
+    )
     assert plans._tracked(spec, 16) == 0
     same, other = (1_000_000, 8), (2_500_000, 16)
     assert list(plans._adapters(same, same)) == ["1.00 M parameters with r 8: 4.0 MB"]
     assert list(plans._adapters(same, other))[1] == "2.50 M parameters with r 16: 10.0 MB"
 
 
-def test_who_reaches_which_evaluation():
-    assert survivors(27, 9, EarlyStopping(grace=1, reduction=3)) == [27, 9, 9, 3, 3, 3, 3, 3, 3]
+@pytest.mark.parametrize(
+    ("trials", "reduction"), [(1, 3.0), (2, 3.0), (6, 3.0), (12, 3.0), (27, 3.0), (9, 2.0), (12, 4.0)]
+)
+def test_who_reaches_which_evaluation(trials, reduction):
+    """As many as ASHA lets through of objectives that are drawn evenly, on average."""
+    numbers = random.Random(0)
+    through = []
+    for _ in range(1000):
+        drawn = [numbers.random() for _ in range(trials)]
+        through.append(sum(not loses(drawn[k], drawn[:k], reduction) for k in range(trials)))
+    rule = EarlyStopping(grace=1, reduction=reduction)
+    assert survivors(trials, 2, rule) == [trials, pytest.approx(statistics.mean(through), abs=0.15)]
+
+
+def test_who_reaches_later_evaluations():
     assert survivors(12, 3, None) == [12, 12, 12]
-    assert survivors(2, 4, EarlyStopping(grace=1, reduction=4)) == [2, 1, 1, 1]
+    assert survivors(27, 9, EarlyStopping(grace=1, reduction=3)) == [
+        pytest.approx(each, abs=0.01) for each in (27, 10.63, 10.63, *[4.87] * 6)
+    ]
 
 
 def plan(space: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -215,7 +234,7 @@ def test_a_plan_starts_nothing_and_says_what_the_sweep_then_does(inputs, tmp_pat
     assert "train: 64 rows" in told.stdout
     assert "16 of 8 rows are 2.00 epochs; validation after 5, 11, 16" in told.stdout
     assert "9, proposed by random" in told.stdout
-    assert "expected to reach evaluations 1 to 3: 9, 3, 3 (ASHA; 56% of all training)" in told.stdout
+    assert "expected to reach evaluations 1 to 3: 9, 4, 4 (ASHA; 65% of all training)" in told.stdout
     assert re.search(r"base +0\.\d M parameters: \d\.\d MB in 16 bits, \d\.\d in 32", told.stdout)
     assert re.search(r"^ +\d\.\d MB in nf4 with the rest in fp32$", told.stdout, re.MULTILINE)
     assert told.stdout.endswith(f"Run it with: python -m sweep run {space} --set cost.per_hour=2\n")

@@ -33,7 +33,7 @@ def test_what_is_told(space):
     configs = {"lightest": QLoRAConfig(r=4), "heaviest": QLoRAConfig(r=32)}
     timed = {"lightest": TIMED, "heaviest": Timed("a CPU", 0, start=10.0, step=20.0, evaluation=5.0)}
     halvings = {"lightest": 0, "heaviest": 1}
-    probed = Probed(timed, halvings, imports=4.0, at_a_time=4, slots=2, gain=1.5)
+    probed = Probed(timed, halvings, imports=4.0, at_a_time=4, places=2, slots=2, gain=1.5)
     lines = told(probed, spec, configs, [9, 3, 3], rows=480)
     assert lines["probe"] == [
         "a CPU, one trial alone; a process starts in 14 s",

@@ -12,7 +12,7 @@ from sweep import spec as specs
 from sweep.early_stopping import settle
 from sweep.place import Place
 from sweep.preemption import Drain
-from sweep.requests import BY_HAND, Requests, enqueued, waiting
+from sweep.requests import BY_HAND, Requests, enqueued, not_tried, waiting
 from sweep.search import LedgerSearcher
 from sweep.study import drawn, open_journal, propose, ranking
 from tests import sweeps
@@ -131,7 +131,19 @@ def test_enqueued_come_first_and_the_rest_is_what_the_ledger_says(space):
     open_journal(path, "t").note("requests", answers)
     drive(open_journal(path, "t"), 1)
     drive(open_journal(path, "t"), 5)
+    assert not_tried(open_journal(path, "t"), spec.space, 6) == []
     assert drive(open_journal(path, "t"), 3) == configs
+
+
+def test_what_is_enqueued_and_not_tried_is_told(space):
+    spec, ledger = specs.load(space), memory_ledger()
+    params = [spec.space.params_of({"r": r, "alpha": r}) for r in (4, 32)]
+    ledger.note("requests", [{"name": str(n), "params": each} for n, each in enumerate(params)])
+    first, second = not_tried(ledger, spec.space, 1)
+    assert first == "Enqueued, and not tried yet: r4 nf4 lr2.0e-04 a4"
+    assert second == "Enqueued, and not tried yet: r32 nf4 lr2.0e-04 a32; it needs search.trials=2"
+    ask(ledger, spec)
+    assert not_tried(ledger, spec.space, 2) == [second.partition(";")[0]]
 
 
 def test_a_revived_trial_counts_once_and_passes_its_rungs(sweep):

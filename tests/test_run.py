@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from io import StringIO
 from itertools import pairwise
 
@@ -69,6 +70,22 @@ def test_another_spec_in_the_same_directory_is_refused(undisturbed):
     assert "budget.steps" in refused.stderr
     assert "search.seed" in refused.stderr
     assert "another `name`" in refused.stderr
+    assert f"It goes on as it is with: python -m sweep run {space}" in refused.stderr
+
+
+def test_a_sweep_beside_the_file_is_told_where_another_one_would_begin(undisturbed, tmp_path):
+    space, _, _ = undisturbed
+    told = subprocess.run(
+        sweeps.command(space, "--address", "127.0.0.1:9"),
+        cwd=tmp_path,
+        env=sweeps.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.startswith(
+        f"{space.parent}/sweeps/toy has a sweep of this name; this one begins anew in sweeps/toy"
+    )
+    assert told.returncode == 2
 
 
 def test_hours_end_a_sweep_that_can_go_on(space):

@@ -185,6 +185,7 @@ def test_a_killed_sweep_is_unfinished(space):
     [
         (lambda sweep: shutil.rmtree(sweep), "holds no sweep; name the directory of one"),
         (lambda sweep: (sweep / "space.yaml").unlink(), "holds no sweep; name the directory of one"),
+        (lambda sweep: shutil.rmtree(sweep) or sweep.write_text("name: toy"), "toy is a file; name the directory of a"),
         (lambda sweep: (sweep / "space.yaml").write_text("name: [toy"), "its space.yaml cannot be read"),
         (lambda sweep: (sweep / "study.log").unlink(), "has no ledger: its driver has not begun"),
         (lambda sweep: (sweep / "study.log").write_bytes(b""), "knows no sweep called toy"),

@@ -71,6 +71,7 @@ def test_trains_and_says_what(undisturbed):
     assert done.stderr == ""
     told = (space.parent / "sweeps/tiny/report.html").read_text()
     assert "Trials learn from 64 rows and are compared on 24 others." in told
+    assert len({file.stat().st_mode for file in (space.parent / "sweeps/tiny/best").iterdir()}) == 1
     assert "in 4 bits" in done.stdout
     assert "adapter r=16 on 14 layers" in done.stdout
     assert {entry.state for entry in entries} == {TrialState.COMPLETE, TrialState.PRUNED}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweep.starter import _fitting
+from sweep.init import _fitting
 from tests import sweeps
 from trainables import memory
 from trainables.config import QLoRAConfig

@@ -198,7 +198,8 @@ def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterato
         shown = ", ".join(map(str, at if len(at) < 6 else [*at[:3], "…", at[-1]]))
         epochs = steps / -(-rows // batch_size)
         scored = f"validation after {shown}" if at else "no validation, its rows are trained on, too"
-        yield f"{steps:,} of {batch_size} rows are {epochs:.2f} epochs; {scored}"
+        of = f"{batch_size} rows" if batch_size <= rows else f"all {rows} rows (batch_size {batch_size} is more)"
+        yield f"{steps:,} of {of} are {epochs:.2f} epochs; {scored}"
 
 
 def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:

@@ -24,6 +24,7 @@ from trainables import data, memory, model
 from trainables.config import DataConfig, QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Base, Work
+from trainables.protocol import Budget
 
 SPEC = """
 name: tiny
@@ -197,6 +198,13 @@ def test_who_reaches_which_evaluation(trials, reduction):
         through.append(sum(not loses(drawn[k], drawn[:k], reduction) for k in range(trials)))
     rule = EarlyStopping(grace=1, reduction=reduction)
     assert survivors(trials, 2, rule) == [trials, pytest.approx(statistics.mean(through), abs=0.15)]
+
+
+def test_steps_of_more_rows_than_there_are():
+    configs = [QLoRAConfig(batch_size=size) for size in (8, 400)]
+    usual, whole = plans._steps(Budget(None, 6, 2), configs, 270)
+    assert usual == "6 of 8 rows are 0.18 epochs; validation after 3, 6"
+    assert whole == "6 of all 270 rows (batch_size 400 is more) are 6.00 epochs; validation after 3, 6"
 
 
 def test_who_reaches_later_evaluations():

@@ -72,8 +72,8 @@ def run(
         raise typer.Exit(_wrong_input(error)) from error
     here = Path(spec.storage) / spec.name
     beside = space.parent / here  # the same for an absolute path, and nothing for a URL
-    if beside.exists() and not here.exists():
-        print(f"{beside} has a sweep of this name; this one begins anew in {here}, for storage starts where you are")
+    if (beside / "space.yaml").exists() and not here.exists():
+        print(f"{beside} is a sweep of this name; this one begins anew in {here}, for storage starts where you are")
     _run(spec, address)
 
 

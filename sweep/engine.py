@@ -25,6 +25,8 @@ CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
 START_SECONDS = 60.0
 """How long an engine may take to come back; where no machine has room for it, it never does."""
+COMING_SECONDS = 60.0
+"""How long one that was never seen to run gets its share of the trials: it may just be starting."""
 FIRST_SECONDS = 300.0
 """How long it may take to start: from a disk that is cold, or far away, imports take minutes."""
 CALLER_BYTES = 250_000_000
@@ -127,7 +129,7 @@ class Engines:
         """
         self.look()
         now = time.monotonic()
-        unseen = {i for i, since in self._down.items() if i not in self._nodes and now - since > START_SECONDS}
+        unseen = {i for i, since in self._down.items() if i not in self._nodes and now - since > COMING_SECONDS}
         loads = Counter(self._places[other] for other in running if other != number and other in self._places)
         chosen = min(
             range(len(self._engines)),

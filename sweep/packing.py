@@ -24,20 +24,20 @@ ALONE = "Packing: each trial has a process of its own"
 
 
 def ahead(spec: SweepSpec, ledger: Ledger | None, left: int, engines: Sequence[int]) -> Any:
-    """An engine for `slots` whose process starts now; None where trials will have processes of their own.
+    """An engine for `slots` whose process starts now; None where it is known that trials have processes of their own.
 
     `ledger` is None when the sweep has none yet; the rest is as for `slots`.
     """
-    configs = sample(spec.space, SAMPLED, spec.search.seed)
-    decided = _decided(spec, configs, left, engines)
+    decided = _decided(spec, left, engines)
     if decided is None and ledger is not None and (measured := _recorded(spec, ledger)) is not None:
-        decided = _chosen(spec, configs, measured, left, engines)
+        decided = _chosen(spec, measured, left, engines)
     return None if not left or decided == 1 else _launch(spec)
 
 
 def load(engine: Any, spec: SweepSpec) -> None:
     """Have the engine load a base that trials will need; one of them meets, and tells of, what goes wrong."""
-    engine.call.remote("load", spec.model, max(sample(spec.space, SAMPLED, spec.search.seed), key=by_memory))
+    config, _ = to_be_measured(_configs(spec), 0)
+    engine.call.remote("load", spec.model, config)
 
 
 def slots(
@@ -56,19 +56,18 @@ def slots(
     learned from earlier trials, `auto` has at most a third of the sweep's run at a time. What was measured is in the
     ledger, for the next run on such a device.
     """
-    configs = sample(spec.space, SAMPLED, spec.search.seed)
-    chosen = _decided(spec, configs, left, engines)
+    chosen = _decided(spec, left, engines)
     if chosen is None:
         measured = _recorded(spec, ledger)
         if measured is None:
             note("Measuring how many trials should share a device")
             engine = engine or _launch(spec)
-            measured = _measured(engine, spec, configs, job, ledger, drained)
-        chosen = 1 if measured is None else _chosen(spec, configs, measured, left, engines)
+            measured = _measured(engine, spec, job, ledger, drained)
+        chosen = 1 if measured is None else _chosen(spec, measured, left, engines)
         if isinstance(measured, Measured):
             told = f"a step takes {measured.fixed:.3f} s and {measured.each:.3f} s for each trial"
             if chosen > 1:
-                gain = f"{measured.gain(chosen // bases_of(configs)):.1f} times as fast as one after the other"
+                gain = f"{measured.gain(chosen // bases_of(_configs(spec))):.1f} times as fast as one after the other"
                 note(f"Packing: {chosen} trials share a device, {gain}; {told}")
             else:
                 note(f"{ALONE}: {told}")
@@ -85,22 +84,34 @@ def _launch(spec: SweepSpec) -> Any:
     return launch(spec.resources.cpus, spec.resources.gpus, most)
 
 
-def _decided(spec: SweepSpec, configs: Sequence[QLoRAConfig], left: int, engines: Sequence[int]) -> int | None:
+def _configs(spec: SweepSpec) -> list[QLoRAConfig]:
+    """Some of the space, always the same."""
+    return sample(spec.space, SAMPLED, spec.search.seed)
+
+
+def _decided(spec: SweepSpec, left: int, engines: Sequence[int]) -> int | None:
     """How many trials share a device, where that does not depend on what would be measured."""
     if isinstance(spec.packing, Packing):
         return spec.packing.slots
-    alone = spec.trainable == "toy" or most_together(spec, left, engines) // bases_of(configs) < 2
+    alone = spec.trainable == "toy" or most_together(spec, left, engines) // bases_of(_configs(spec)) < 2
     return 1 if alone else None
 
 
-def _chosen(
-    spec: SweepSpec, configs: Sequence[QLoRAConfig], measured: Measured | str, left: int, engines: Sequence[int]
-) -> int:
+def _chosen(spec: SweepSpec, measured: Measured | str, left: int, engines: Sequence[int]) -> int:
     """The same from what was measured, or from why it could not be."""
     if isinstance(measured, str):
         return 1
     most = most_together(spec, left, engines)
-    return fastest(measured, spec.resources.gpus, engines, bases_of(configs), most)
+    return fastest(measured, spec.resources.gpus, engines, bases_of(_configs(spec)), most)
+
+
+def processes(gpus: float, places: int, trials: int, slots: int) -> int:
+    """How many processes train so many trials at a time, up to `slots` in each.
+
+    Where each has a GPU, or more, of its own: one at each of so many places, as soon as there is a trial for it. Where
+    places are parts of a device, each with a base of its own: as few as hold the trials.
+    """
+    return min(places, trials if gpus >= 1 else -(-trials // slots))
 
 
 def most_together(spec: SweepSpec, left: int, engines: Sequence[int]) -> int:
@@ -115,9 +126,9 @@ def bases_of(configs: Sequence[QLoRAConfig]) -> int:
     return len({(config.quant_type, config.compute_dtype, config.double_quant) for config in configs})
 
 
-def to_be_measured(configs: Sequence[QLoRAConfig], job: Job) -> tuple[QLoRAConfig, int]:
+def to_be_measured(configs: Sequence[QLoRAConfig], halvings: int) -> tuple[QLoRAConfig, int]:
     """The configuration that takes most memory, and the rows of a typical micro-batch."""
-    return max(configs, key=by_memory), statistics.median_low([c.micro_batch(job.halvings) for c in configs])
+    return max(configs, key=by_memory), statistics.median_low([c.micro_batch(halvings) for c in configs])
 
 
 def fastest(measured: Measured, gpus: float, engines: Sequence[int], bases: int, most: int) -> int:
@@ -145,16 +156,11 @@ def _device(spec: SweepSpec) -> dict[str, Any]:
 
 
 def _measured(
-    engine: Any,
-    spec: SweepSpec,
-    configs: Sequence[QLoRAConfig],
-    job: Job,
-    ledger: Ledger,
-    drained: Callable[[], bool],
+    engine: Any, spec: SweepSpec, job: Job, ledger: Ledger, drained: Callable[[], bool]
 ) -> Measured | str | None:
     """What an engine measures now, or why it could not; None when the sweep drains."""
     job = replace(job, halvings=max((entry.halvings for entry in ledger.entries()), default=0))
-    asked = engine.call.remote("measure", *to_be_measured(configs, job), job)
+    asked = engine.call.remote("measure", *to_be_measured(_configs(spec), job.halvings), job)
     began = time.monotonic()
     while not ray.wait([asked], timeout=0.2)[0]:
         if drained():

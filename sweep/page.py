@@ -135,7 +135,8 @@ def _verdict(status: Status) -> Iterator[str]:
         f" {criterion.text(objective)} after evaluation {evaluation} of {spec.budget.evaluations}{loss}."
     )
     if rows := rows_of(status.place):
-        yield f"Trials learn from {counted(rows['train'], 'row')} and are compared on {rows['validation']:,} others."
+        compared = min(rows["validation"], spec.completions or rows["validation"])
+        yield f"Trials learn from {counted(rows['train'], 'row')} and are compared on {compared:,} others."
     if early := report.cut_short(winner):
         yield f"It did not use its whole budget{early}: {_reason(winner)}."
     if (base := report.base(entries)) is not None:

@@ -146,15 +146,11 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                     "gpu",
                     ["trials ask for one, and this machine has none: `run` would refuse. Of a CPU they would take:"],
                 )
-            if spec.resources.cpus > (cores := os.cpu_count() or 1):
-                asked = f"{spec.resources.cpus:g} cores, and this machine has {cores}"
-                say("cpu", [f"trials ask for {asked}: `run` would refuse here"])
+            say("cpu", _too_many(spec.resources.cpus, os.cpu_count() or 1))
             heaviest = needed["heaviest"][1].total + process
             say("memory", _room(heaviest, process, device, free, room))
             if isinstance(spec.packing, Packing) and spec.packing.slots > 1:
-                say(
-                    "", [f"with packing.slots {spec.packing.slots} so many share a process and its base, and take less"]
-                )
+                say("", [f"with packing.slots up to {spec.packing.slots} share a process and its base, and take less"])
             if heaviest > room:
                 say("", _too_large(configs, fits, spec.space.searched))
             console.print(_memory(needed, spec.space.searched))
@@ -239,6 +235,11 @@ def _memory(needed: Mapping[str, tuple[QLoRAConfig, Any]], searched: Sequence[st
         parts = (*astuple(memory), memory.total)
         table.add_row(name, *(f"{part / 1e6:,.0f}" for part in parts), described(config, searched))
     return table
+
+
+def _too_many(asked: float, cores: int) -> Iterator[str]:
+    if asked > cores:
+        yield f"trials ask for {asked:g} cores, and this machine has {cores}: `run` would refuse here"
 
 
 def _room(heaviest: int, process: int, device: str, free: int, room: int) -> Iterator[str]:

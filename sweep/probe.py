@@ -4,7 +4,7 @@ import importlib
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -75,14 +75,16 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
     except BrokenProcessPool as error:
         raise ValueError("the process that timed trials died, mostly for want of memory") from error
     most = min(fit * slots, spec.resources.concurrency or fit * slots, spec.search.trials)
+    places = packing.processes(spec.resources.gpus, fit, most, slots)
+    together = -(-most // places)
     return Probed(
         timed={name: timed for name, (_, timed) in found.items()},
         halvings={name: halvings for name, (halvings, _) in found.items()},
         imports=imports,
         at_a_time=most,
-        places=min(fit, most),
-        slots=slots,
-        gain=gain,
+        places=places,
+        slots=together,
+        gain=gain(together),
     )
 
 
@@ -180,22 +182,22 @@ def _too_large(name: str, config: QLoRAConfig, spec: SweepSpec, why: str) -> Val
     )
 
 
-def _packed(pool: ProcessPoolExecutor, spec: SweepSpec, job: Job, fit: int) -> tuple[int, float]:
-    """How many trials share a process, of which so many fit on this machine, and how many times as fast as one after
-    the other they train."""
+def _packed(pool: ProcessPoolExecutor, spec: SweepSpec, job: Job, fit: int) -> tuple[int, Callable[[int], float]]:
+    """How many trials may share a process, of which so many fit on this machine, and how many times as fast as one
+    after the other how many of them train."""
     configs = sample(spec.space, packing.SAMPLED, spec.search.seed)
     bases = packing.bases_of(configs)
     given = spec.packing.slots if isinstance(spec.packing, Packing) else None
     most = given or packing.most_together(spec, spec.search.trials, [fit])
     if most // bases < 2:
-        return given or 1, 1.0
+        return given or 1, lambda together: 1.0
     try:
-        asked = packing.to_be_measured(configs, job)
+        asked = packing.to_be_measured(configs, job.halvings)
         measured: Measured = pool.submit(_call, "trainables.packed.measure", "measure", *asked, job).result()
     except (OutOfMemory, MemoryError):  # two do not fit
-        return given or 1, 1.0
+        return given or 1, lambda together: 1.0
     slots = given or packing.fastest(measured, spec.resources.gpus, [fit], bases, most)
-    return slots, measured.gain(max(1, slots // bases))
+    return slots, lambda together: measured.gain(max(1, together // bases))
 
 
 def _call(module: str, function: str, *arguments: Any) -> Any:

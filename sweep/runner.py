@@ -28,7 +28,7 @@ from ray.tune.execution import class_cache
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import earlier, engine, export, packing, report, scoring, status, sync, tracking, verification, workspace
+from sweep import earlier, engine, export, packing, report, scoring, sync, tracking, verification, workspace
 from sweep import spec as specs
 from sweep.early_stopping import rungs, settle
 from sweep.paths import LOCK_SECONDS, SweepPaths
@@ -161,7 +161,7 @@ def run(
     with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
         since = time.time_ns()
         place.pull_file(paths.spec)
-        _same_as_recorded(spec, place)
+        _same_as_recorded(spec, paths)
         recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
@@ -170,7 +170,7 @@ def run(
             _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),
         ):
-            left = _left(spec, recorded.entries() if recorded else [])
+            left = _left(spec, recorded)
             ahead = packing.ahead(spec, recorded, left, side_by_side) if _may_pack(place, address) else None
             _check_with_torch(spec, ahead)
             if ahead is not None:
@@ -228,7 +228,7 @@ def run(
 
             keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
             exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep, ahead=ahead)
-            if exhausted is not None:
+            if exhausted is not None and drain.cause != "breakdown":
                 _note_news(ledger, EXHAUSTED, exhausted)
             if drain.cause not in ("signal", "breakdown"):
                 winner = export_best()
@@ -350,7 +350,7 @@ def _train(
 
     watch = Watch(drain, spec.trial_timeout, alone=address == "local")
     watch.requests = requests
-    left = _left(spec, ledger.entries())
+    left = _left(spec, ledger)
     if _may_pack(place, address):
         told = (requests.drained, listener.note)
         slots, ahead = packing.slots(spec, job, search, left, side_by_side, ahead, *told)
@@ -361,10 +361,11 @@ def _train(
     most = sum(side_by_side) * slots
     limit = min(most, spec.resources.concurrency or most)
     if left:
-        ledger.note(report.SIDE_BY_SIDE, min(max(side_by_side), limit, spec.search.trials))
+        here = packing.processes(spec.resources.gpus, max(side_by_side), min(limit, spec.search.trials), slots)
+        ledger.note(report.SIDE_BY_SIDE, here)
     engines = None
     if slots > 1 and left:
-        wanted = min(sum(side_by_side), limit, left)
+        wanted = packing.processes(spec.resources.gpus, sum(side_by_side), min(limit, left), slots)
         more = range(wanted - (ahead is not None))
         launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
         engines = engine.Engines(filter(None, [ahead, *launched]), slots, lambda: watch.draining)
@@ -463,10 +464,11 @@ def _train(
     return searcher.exhausted
 
 
-def _left(spec: SweepSpec, entries: Sequence[Entry]) -> int:
+def _left(spec: SweepSpec, ledger: Ledger | None) -> int:
     """How many trials are to be trained, or on."""
+    entries = ledger.entries() if ledger else []
     unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
-    return unfinished + max(0, spec.search.trials - len(entries))
+    return unfinished + (0 if ledger and ledger.noted(EXHAUSTED) else max(0, spec.search.trials - len(entries)))
 
 
 def _may_pack(place: Place, address: str) -> bool:
@@ -770,9 +772,8 @@ def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
         raise OSError(f"{spec.model}: the processes that were to look at it before the trials died ({why})") from error
 
 
-def _same_as_recorded(spec: SweepSpec, place: Place) -> None:
+def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
     """Refuse to go on with a sweep directory that holds another spec."""
-    paths = place.paths
     if not paths.spec.exists():
         return
     try:
@@ -781,15 +782,11 @@ def _same_as_recorded(spec: SweepSpec, place: Place) -> None:
         raise Refused(f"the spec that {paths.root} was begun with cannot be read:\n{error}") from error
     changed = specs.changes(recorded, spec)
     if changed:
-        try:
-            command = status.look(place.url).command
-        except status.NoSweep:
-            command = None
         raise Refused(
             f"{paths.root} holds a sweep with another spec:\n  "
             + "\n  ".join(changed)
-            + "\nGive this one another `name`, restore the old values, or move the directory away."
-            + (f"\nIt goes on as it is with: {command}" if command else "")
+            + f"\nGive this one another `name`, restore the old values (they are in {paths.spec}), or move the"
+            " directory away."
         )
 
 

@@ -14,15 +14,17 @@ from numbers import Real
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psutil
 
 from sweep.place import Place
-from sweep.study import Entry, Ledger, of_known
 from sweep.validation import listed
 from trainables.checkpoint import ADAPTER
 from trainables.protocol import Scored
+
+if TYPE_CHECKING:  # every trial's process would import a database's library with it
+    from sweep.study import Entry, Ledger
 
 T = TypeVar("T")
 Metric = Callable[[list[str], list[str], list[str]], Any]
@@ -60,13 +62,13 @@ class Scores:
     """Why it gave nothing."""
 
 
-def scores(ledger: Ledger) -> Scores | None:
+def scores(ledger: "Ledger") -> Scores | None:
     """The newest ones, None when nothing was scored."""
     found = _recorded(ledger)
     return found[-1] if found else None
 
 
-def lines(ledger: Ledger) -> list[str]:
+def lines(ledger: "Ledger") -> list[str]:
     """The newest scores in words."""
     found = scores(ledger)
     if found is None:
@@ -87,7 +89,7 @@ def lines(ledger: Ledger) -> list[str]:
     return told
 
 
-def trouble(ledger: Ledger) -> list[str]:
+def trouble(ledger: "Ledger") -> list[str]:
     """Why the metric gave nothing, if so. Not for others to read: what it raised may name files of this machine."""
     found = scores(ledger)
     if found is None or found.trouble is None:
@@ -143,12 +145,12 @@ def _is_older(module: ModuleType) -> bool:
     return Path(module.__spec__.origin).stat().st_mtime <= psutil.Process().create_time()
 
 
-def was_asked(ledger: Ledger, metric: Metric) -> bool:
+def was_asked(ledger: "Ledger", metric: Metric) -> bool:
     """Whether `try_objective` has asked this metric, as its file is now, for this sweep."""
     return bool(ledger.noted(_ASKED) == _file_of(metric)[1])
 
 
-def note_asked(ledger: Ledger, name: str, metric: Metric) -> list[str]:
+def note_asked(ledger: "Ledger", name: str, metric: Metric) -> list[str]:
     """Note that it was. Gives a line when values in the ledger are of another file, the base's among them."""
     file, now = _file_of(metric)
     before = ledger.noted(_VALUES_OF)
@@ -250,9 +252,9 @@ def try_objective(
 
 
 def score_winner(
-    ledger: Ledger,
+    ledger: "Ledger",
     place: Place,
-    winner: Entry,
+    winner: "Entry",
     step: int,
     model: str,
     tokens: str,
@@ -369,5 +371,7 @@ def _beside(work: Callable[[], T], given_up: Callable[[], bool]) -> T | None:
     return answer.result()
 
 
-def _recorded(ledger: Ledger) -> list[Scores]:
+def _recorded(ledger: "Ledger") -> list[Scores]:
+    from sweep.study import of_known
+
     return [of_known(Scores, each) for each in ledger.noted("scores") or []]

@@ -320,7 +320,9 @@ def dump(spec: SweepSpec) -> str:
     yaml.default_flow_style = False
     yaml.width = 4096  # no line is folded
     values = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-    yaml.dump({key: value for key, value in values.items() if value != {}}, stream)
+    if not values["cost"]:
+        del values["cost"]
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -295,6 +295,8 @@ def as_json(status: Status) -> dict[str, Any]:
         "driver": status.driver,
         "command": status.command,
         "asked_for": status.spec.search.trials,
+        "exhausted": status.ledger.noted(EXHAUSTED),
+        "is_done": status.is_done,
         "evaluations": status.spec.budget.evaluations,
         "objective": {"name": criterion.name, "direction": "maximize" if criterion.maximized else "minimize"},
         "base_loss": next((entry.losses[0] for entry in status.entries if 0 in entry.losses), None),

@@ -78,6 +78,12 @@ def test_importing_it_costs_nothing():
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+def test_the_process_of_a_trial_brings_little():
+    heavy = {"torch", "optuna", "sqlalchemy", "plotly"}
+    check = f"import sys, sweep.trainable; sys.exit(len({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 def test_two_sweeps_in_one_process(space):
     """The second trains the first one's winner again: its losses are the same to the last bit."""
     done = subprocess.run(

@@ -84,6 +84,15 @@ def test_measures(engine, tiny):
     assert model.base(tiny.model, CONFIG.quant_type, CONFIG.compute_dtype, CONFIG.double_quant).idle
 
 
+def test_a_base_that_was_loaded_ahead_is_that_of_the_trial(engine, tiny, monkeypatch):
+    monkeypatch.setattr(model, "_warm", {})
+    engine.load(tiny.model, config(quant_type="fp4"))
+    [loaded] = model._warm.values()
+    engine.start("a", 0, config(quant_type="fp4"), tiny, None)
+    assert list(model._warm.values()) == [loaded]
+    assert not loaded.idle
+
+
 CONFIGS = [
     config(seed=1, dropout=0.1),
     config(seed=2, r=4),

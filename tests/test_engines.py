@@ -75,7 +75,7 @@ def test_one_that_does_not_come_is_the_last_choice(world, monkeypatch):
     """The cluster may have no room for it; while it may just be starting it gets its share."""
     world.starting = {"a": "driver"}
     assert [world.choose(n, list(range(n + 1))) for n in range(2)] == ["a", "b"]
-    monkeypatch.setattr(engine, "START_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "COMING_SECONDS", 0.0)
     assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["b", "b", "a"]
     assert world.engines.ready(3)
 

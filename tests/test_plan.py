@@ -207,6 +207,11 @@ def test_steps_of_more_rows_than_there_are():
     assert whole == "6 of all 270 rows (batch_size 400 is more) are 6.00 epochs; validation after 3, 6"
 
 
+def test_more_cores_than_there_are():
+    assert list(plans._too_many(2, 2)) == []
+    assert list(plans._too_many(64, 2)) == ["trials ask for 64 cores, and this machine has 2: `run` would refuse here"]
+
+
 def test_who_reaches_later_evaluations():
     assert survivors(12, 3, None) == [12, 12, 12]
     assert survivors(27, 9, EarlyStopping(grace=1, reduction=3)) == [

@@ -1,5 +1,7 @@
 """How many trials share a device, given what a step was measured to take."""
 
+from dataclasses import asdict
+
 import pytest
 
 from sweep import packing
@@ -46,6 +48,59 @@ def test_gain():
 
 
 @pytest.mark.parametrize(
+    ("gpus", "places", "trials", "slots", "expected"),
+    [
+        (1, 4, 3, 8, 3),
+        (1, 4, 20, 8, 4),
+        (2, 2, 1, 8, 1),
+        (0.25, 4, 4, 4, 1),  # parts of one GPU: each would have a base of its own
+        (0, 2, 6, 4, 2),
+        (0, 16, 16, 16, 1),
+        (0, 2, 12, 1, 2),
+        (0, 2, 12, 4, 2),
+    ],
+)
+def test_processes(gpus, places, trials, slots, expected):
+    assert packing.processes(gpus, places, trials, slots) == expected
+
+
+@pytest.fixture
+def tiny_space(inputs, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    rows = f"{{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl}}"
+    file.write_text(sweeps.TOY.replace("trainable: toy", f"model: {inputs}/llama\ndata: {rows}"))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "left", "fixed", "launched"),
+    [
+        (["packing.slots=3"], 8, None, 3),
+        (["packing.slots=3"], 0, None, None),  # nothing is left to do
+        (["packing.slots=1"], 8, None, None),
+        (["packing=auto", "search.trials=12", "space.quant_type=nf4", "resources={}"], 12, None, MOST),  # to measure
+        (["packing=auto", "search.trials=12", "space.quant_type=nf4", "resources={}"], 12, 1.0, MOST),
+        (
+            ["packing=auto", "search.trials=12", "space.quant_type=nf4", "resources={}"],
+            12,
+            0.0,
+            None,
+        ),  # it does not pay
+        (["packing=auto", "search.trials=3", "resources={}"], 3, None, None),  # too few
+    ],
+)
+def test_an_engine_is_started_ahead_where_trials_may_share_it(tiny_space, monkeypatch, settings, left, fixed, launched):
+    started = []
+    monkeypatch.setattr(packing, "launch", lambda cpus, gpus, slots: started.append(slots))
+    monkeypatch.setattr(packing.ray, "cluster_resources", dict)
+    spec, ledger = load(tiny_space, settings), memory_ledger()
+    if fixed is not None:
+        ledger.note("packing", {"on": packing._device(spec), "measured": asdict(measured(fixed, 0.1))})
+    packing.ahead(spec, ledger, left, [1])
+    assert started == ([] if launched is None else [launched])
+
+
+@pytest.mark.parametrize(
     ("settings", "left", "chosen", "of_use"),
     [
         (["packing.slots=2"], 8, 2, True),
@@ -54,15 +109,10 @@ def test_gain():
         (["packing=auto", "search.trials=12"], 1, 1, False),
     ],
 )
-def test_an_engine_that_was_started_ahead_for_nothing_ends(
-    inputs, tmp_path, monkeypatch, settings, left, chosen, of_use
-):
+def test_an_engine_that_was_started_ahead_for_nothing_ends(tiny_space, monkeypatch, settings, left, chosen, of_use):
     """As when what was left of an earlier run was stopped by hand meanwhile: its device is needed by others."""
     ended = []
     monkeypatch.setattr(packing.ray, "kill", ended.append)
-    file = tmp_path / "tiny.yaml"
-    rows = f"{{train: {inputs}/train.jsonl, validation: {inputs}/validation.jsonl}}"
-    file.write_text(sweeps.TOY.replace("trainable: toy", f"model: {inputs}/llama\ndata: {rows}"))
-    found = packing.slots(load(file, settings), None, memory_ledger(), left, [1], "engine", lambda: False, print)
+    found = packing.slots(load(tiny_space, settings), None, memory_ledger(), left, [1], "engine", lambda: False, print)
     assert found == (chosen, "engine" if of_use else None)
     assert ended == ([] if of_use else ["engine"])

@@ -90,6 +90,15 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path) -> None:
     assert load(written(tmp_path, specs.dump(spec), "again.yaml")) == spec
 
 
+def test_dump_of_a_space_with_nothing_in_it(tmp_path: Path) -> None:
+    text = "name: t\ntrainable: toy\nbudget: {steps: 4, evaluations: 1}\nsearch: {trials: 1}\nspace: {}\n"
+    spec = load(written(tmp_path, text))
+    assert load(written(tmp_path, specs.dump(spec), "again.yaml")) == spec
+    assert "cost" not in specs.dump(spec)
+    priced = load(written(tmp_path, text + "cost: {per_hour: 2}\n", "priced.yaml"))
+    assert load(written(tmp_path, specs.dump(priced), "again.yaml")) == priced
+
+
 def test_every_key_has_a_description() -> None:
     assert len(specs.keys()) == 42
     assert [key for key, field in specs.keys().items() if not field.description] == []

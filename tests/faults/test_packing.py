@@ -114,7 +114,7 @@ def test_told_to_end_and_then_killed(space, serial):
 
 def test_processes_are_killed(space, serial):
     """That of the engine, with all its trials, and later that of a trial."""
-    process = sweeps.start(space, "--set", "packing.slots=4", "--set", f"resources.cpus={os.cpu_count()}")
+    process = sweeps.start(space, "--set", "packing.slots=4")
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
     before = attempts(space)
     engines(process)[0].kill()
@@ -130,7 +130,7 @@ def test_processes_are_killed(space, serial):
 
 def test_the_end_of_an_engine_counts_once(space):
     """More trials than accidents in a row that end a sweep."""
-    settings = ("packing.slots=6", f"resources.cpus={os.cpu_count()}", "search.trials=6", "budget.steps=6000")
+    settings = ("packing.slots=6", "search.trials=6", "budget.steps=6000")
     process = sweeps.start(space, *(word for setting in settings for word in ("--set", setting)))
     try:
         sweeps.wait_until(lambda: len(attempts(space)) == 6, process)

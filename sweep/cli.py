@@ -133,13 +133,13 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
-    from sweep import report, requests, runner, verification
+    from sweep import opening, report, requests, runner, verification
     from sweep.progress import terminal
     from sweep.validation import Refused, counted
     from trainables.data import DataError
 
     console = terminal()
-    words = [re.sub(r"[\w+]+://.+", lambda url: runner.without_password(url[0]), word) for word in sys.argv[1:]]
+    words = [re.sub(r"[\w+]+://.+", lambda url: opening.without_password(url[0]), word) for word in sys.argv[1:]]
     again = shlex.join(["python", "-m", "sweep", *words])
     try:
         outcome = runner.run(spec, address=address, again=again, leave_ray=True)

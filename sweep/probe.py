@@ -9,21 +9,21 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import ray._private.utils
 
 from sweep import packing
+from sweep.cluster import fit_on
 from sweep.progress import to_verify
 from sweep.repair import may_halve
 from sweep.report import money
-from sweep.runner import fit_on
 from sweep.spec import Packing, SweepSpec
 from sweep.study import sample
 from sweep.tracking import described
 from sweep.validation import counted
+from trainables.apart import one_process
 from trainables.config import QLoRAConfig
 from trainables.packed.slots import Measured
 from trainables.protocol import Job, OutOfMemory, Timed
@@ -59,8 +59,8 @@ def probe(spec: SweepSpec, configs: Mapping[str, QLoRAConfig], tokens: Path) -> 
     job = Job(spec.model, str(tokens), spec.budget.per_trial, completions=spec.completions)
     prepare = partial(_prepare, spec.resources.gpus)
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as pool:
-            began = time.monotonic()
+        began = time.monotonic()
+        with one_process(prepare) as pool:
             pool.submit(_imported).result()
             imports = time.monotonic() - began
             found = {name: _timed(pool, spec, name, config, job) for name, config in configs.items()}

@@ -1,93 +1,59 @@
 """spec + study -> ray.tune.Tuner -> done. The only place that assembles a Tuner."""
 
-import importlib.metadata
-import itertools
-import logging
 import os
-import secrets
-import shutil
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
 
-import filelock
 import ray
 from huggingface_hub import get_token
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.execution import class_cache
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from sweep import earlier, engine, export, packing, report, scoring, sync, tracking, verification, workspace
 from sweep import spec as specs
+from sweep.cluster import described, fit_on, machines, ray_cluster
 from sweep.early_stopping import rungs, settle
-from sweep.paths import LOCK_SECONDS, SweepPaths
-from sweep.place import PULSE_SECONDS, Place
-from sweep.preemption import Drain, draining_after, draining_on_signals, shielded_from_signals
+from sweep.lock import locked
+from sweep.opening import check_spec, note_news, open_ledger
+from sweep.paths import SweepPaths
+from sweep.place import Place
+from sweep.preemption import Drain, draining_after, draining_on_signals
 from sweep.progress import Progress, terminal
 from sweep.repair import starting_halvings
 from sweep.requests import COMMAND, Requests, enqueued
+from sweep.run_ends import end_runs, wait_for_ends
 from sweep.scheduler import DISK_FULL, LedgerScheduler, Listener, Watch, shielded
 from sweep.search import LedgerSearcher
 from sweep.space import Space
-from sweep.spec import Packing, SpecError, SweepSpec, Verify
+from sweep.spec import Packing, SweepSpec, Verify
 from sweep.study import (
-    ENDED_AS,
     EXHAUSTED,
     MACHINES,
     PORTABLE,
-    PROGRAM,
     Entry,
     Ledger,
     Observation,
     Proposal,
     as_trial,
-    begun_by_newer,
     first_params,
-    open_journal,
     propose,
     ranking,
 )
-from sweep.trainable import WAIT_SECONDS, Assignment, Lease, SlicedTrial
+from sweep.trainable import Assignment, Lease, SlicedTrial
 from sweep.validation import Refused, counted
 from trainables import checkpoint, data
 from trainables.protocol import Job
 
-PACKAGES = (PROGRAM, "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
-
-QUIET_RAY = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a metric reads its files where the sweep was started, in trials as in the driver
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asks for no GPU sees none
-    "RAY_enable_worker_prestart": "0",  # trials run in processes of another kind: these would idle
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 leaves trials 3 % of a core that another process wants
-    "RAY_memory_monitor_refresh_ms": "0",  # Tune ends the whole run on the error that its kills raise
-    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune hands a preempted trial out again, beside us
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most slices carry no validation loss
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table says it
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours drains instead
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-
-
 SECONDS_PER_RUN = 2.0
 """How long it may take to write one more run of W&B."""
-TAKING_SECONDS = 1.0
-"""Of two drivers that take such a sweep in the same moment, the first sees the second in this time, and gives way."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +124,16 @@ def run(
     drain = Drain()
     winner = None
     farewell = f"Preempted. The same command goes on: {again}"
-    with draining_on_signals(drain, spec.preemption.grace, farewell), _locked(place, drain, listener) as lease:
+    with draining_on_signals(drain, spec.preemption.grace, farewell), locked(place, drain, listener) as lease:
         since = time.time_ns()
         place.pull_file(paths.spec)
-        _same_as_recorded(spec, paths)
-        recorded = _open(spec, paths, inputs, (), listener) if paths.spec.exists() else None
+        check_spec(spec, paths)
+        recorded = open_ledger(spec, paths, inputs, (), listener) if paths.spec.exists() else None
         # Before anything starts: what cannot be used leaves no sweep behind.
         known = _known(spec, inputs, listener) if recorded is None else []
         listener.note(f"Sweep {spec.name}: {counted(spec.search.trials, 'trial')} in {place.url}, W&B {tracked.mode}")
         with (
-            _ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
+            ray_cluster(address, spec.resources.cpus, spec.resources.gpus, leave_ray) as side_by_side,
             draining_after(drain, spec.budget.hours),
         ):
             left = _left(spec, recorded)
@@ -181,15 +147,15 @@ def run(
             searched_for = metric if spec.objective else None
             if searched_for and not (recorded and scoring.was_asked(recorded, searched_for[1])):
                 _try_objective(spec, place, job, drain, alone=ahead is None)
-            ledger = _open(spec, paths, inputs, known, listener) if recorded is None else recorded
-            _note_news(ledger, MACHINES, sorted({*(ledger.noted(MACHINES) or ()), *map(_described, _machines())}))
-            _note_news(ledger, PORTABLE, specs.dump(specs.portable(spec)))
+            ledger = open_ledger(spec, paths, inputs, known, listener) if recorded is None else recorded
+            note_news(ledger, MACHINES, sorted({*(ledger.noted(MACHINES) or ()), *map(described, machines())}))
+            note_news(ledger, PORTABLE, specs.dump(specs.portable(spec)))
             if searched_for and not drain():
                 for told in scoring.note_asked(ledger, *searched_for):
                     listener.note(told)
             learned = [as_trial(each, spec.space) for each in earlier.read(ledger)]
             place.push(paths.spec)
-            _note_news(ledger, COMMAND, again)
+            note_news(ledger, COMMAND, again)
             requests = Requests(
                 ledger,
                 place,
@@ -229,7 +195,7 @@ def run(
             keep = max(spec.checkpoint.keep, spec.verify.top if spec.verify else 0)
             exhausted = train(spec, ledger=ledger, place=place, tracked=tracked, ask=ask, keep=keep, ahead=ahead)
             if exhausted is not None and drain.cause != "breakdown":
-                _note_news(ledger, EXHAUSTED, exhausted)
+                note_news(ledger, EXHAUSTED, exhausted)
             if drain.cause not in ("signal", "breakdown"):
                 winner = export_best()
             requests.end_search()
@@ -412,11 +378,9 @@ def _train(
 
     ending: set[int] = set()
 
-    def end_runs() -> None:
-        model, evaluations = spec.model or "", spec.budget.evaluations
-        _end_runs(ledger, place, tracked, searched, model, evaluations, first_rung, ending)
-
-    end_runs()
+    model, evaluations = spec.model or "", spec.budget.evaluations
+    supply_ends = partial(end_runs, ledger, place, tracked, searched, model, evaluations, first_rung, ending)
+    supply_ends()
     searcher = LedgerSearcher(
         ledger,
         trials=spec.search.trials,
@@ -452,8 +416,8 @@ def _train(
         engines.end()
     if drain.cause != "signal":
         if tracked.mode != "disabled":
-            _wait_for_ends(ledger, place)
-        end_runs()
+            wait_for_ends(ledger, place)
+        supply_ends()
     tracking.close(10 + SECONDS_PER_RUN * len(ending) if drain.cause != "signal" else 10)
     if tracked.mode == "online" and not place.verification and drain.cause not in ("signal", "breakdown"):
         _lay_out_view(tracked, spec.space, ledger, place, listener)
@@ -580,179 +544,6 @@ def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
         raise Refused(str(error)) from error
 
 
-@contextmanager
-def _locked(place: Place, drain: Drain, listener: Listener) -> Iterator[Lease]:
-    """Hold the sweep directory; a crash leaves no false alarm, for the kernel lets go when the process dies.
-
-    The lease that is given out holds until the next driver has the directory. An object store has no locks, but
-    a pulse: should two drivers start in the same moment, the one that is named as the holder goes on.
-    """
-    paths = place.paths
-    fresh = not paths.root.exists()
-    if paths.root.is_symlink():
-        raise Refused(f"{paths.root} is a link to {paths.root.resolve()}; name the directory above that as `storage`")
-    try:
-        paths.root.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(paths.lock, timeout=LOCK_SECONDS)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise _in_use(place) from error
-    except OSError as error:
-        raise Refused(
-            f"storage: cannot write to {paths.root} ({error.strerror}); name a directory that is yours"
-        ) from error
-    try:
-        lease = Lease(
-            place,
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC",
-        )
-        _take(lease, listener)
-        with _pulse(lease, drain, listener) if place.is_remote else nullcontext():
-            yield lease
-    except (Refused, data.DataError):
-        if fresh and not paths.spec.exists():
-            shutil.rmtree(paths.root)  # nothing was started
-        raise
-    finally:
-        lock.release()
-
-
-def _take(lease: Lease, listener: Listener) -> None:
-    """Make the lease hold; on an object store, unless another driver shows that it lives (a killed one does not)."""
-    place = lease.place
-    try:
-        if place.is_remote and place.holds(place.paths.pulse):
-            listener.note(f"Looking for {3 * PULSE_SECONDS:g} s whether another driver runs this sweep")
-            if place.is_driven():
-                raise _in_use(place)
-        place.paths.lock_holder.write_text(lease.text)
-        place.push(place.paths.lock_holder)
-        if place.is_remote:
-            time.sleep(TAKING_SECONDS)
-            if not lease.holds():
-                raise _in_use(place)
-    except (OSError, ValueError) as error:  # pyarrow raises both
-        raise Refused(f"storage: {place.url} cannot be used: {error}") from error
-
-
-@contextmanager
-def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
-    """Write to a file on the object store all the time, and end the sweep when another driver has it."""
-    place = lease.place
-    file = place.paths.pulse
-    ended = threading.Event()
-
-    def beat() -> None:
-        for number in itertools.count():
-            try:
-                file.write_text(f"{lease.text}, pulse {number}")
-                place.push(file)
-                if not lease.holds():
-                    drain.request("breakdown", f"Another driver has taken over {place.url}")
-            except Exception as error:  # noqa: BLE001 - trials meet it, too; without a pulse another driver would come
-                listener.note(f"{place.url} does not answer: {error}")
-            if ended.wait(PULSE_SECONDS):
-                return
-
-    thread = threading.Thread(target=beat, name="pulse", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with suppress(OSError):  # the next driver looks for a while
-            if lease.holds():
-                place.delete(file)
-
-
-def _in_use(place: Place) -> Refused:
-    holder = place.text(place.paths.lock_holder) or "another process"
-    look, pause = place.command("status"), place.command("pause")
-    return Refused(
-        f"{place.url} is in use by {holder}; wait for it ({look} says how long), end it ({pause}), or give this sweep"
-        " another `name`"
-    )
-
-
-@contextmanager
-def _ray_cluster(address: str, cpus: float, gpus: float, leave: bool) -> Iterator[list[int]]:
-    """A Ray cluster for the block; gives how many trials fit side by side, for each machine that has room for one.
-
-    With `leave` the connection, and a cluster that was started here, are left to end with this process, which the
-    kernel sees to: the shutdown of Ray's processes, which are shielded from signals, takes seconds.
-    """
-    if ray.is_initialized():
-        raise Refused("Ray is in use in this process already; call ray.shutdown() first (`address` joins a cluster)")
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_RAY.items()})
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats what the ranking says of failed trials
-    _check_address(address)
-    try:
-        with shielded_from_signals():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        if address == "local":  # on a machine that is overloaded, as Ray waits for 30 s
-            raise OSError(f"Ray did not start on this machine: {error}") from error
-        raise Refused(
-            f"--address {address}: no Ray cluster answers there ({error}); start one, or leave it out"
-        ) from error
-    try:
-        machines = _machines()
-        fits = [fit_on(machine, cpus, gpus) for machine in machines]
-        if not any(fits):
-            wanted = {"CPU": cpus, "GPU": gpus}
-            where = (
-                "this machine has" if address == "local" else f"no machine of the cluster at {address} has more than"
-            )
-            most = {kind: max(machine.get(kind, 0) for machine in machines) for kind in wanted}
-            lacking = [
-                f"resources.{kind.lower()}s: a trial asks for {amount:g}, {where} {most[kind]:g}"
-                for kind, amount in wanted.items()
-                if amount > most[kind]
-            ] or [
-                f"resources: a trial asks for {cpus:g} cpus and {gpus:g} gpus, which no machine of the cluster has both"
-            ]
-            raise Refused("\n".join([*lacking, "Ask for less, or join a cluster that has them with --address."]))
-        yield [fit for fit in fits if fit]
-    finally:
-        if not leave:
-            ray.shutdown()
-
-
-def _machines() -> list[Mapping[str, float]]:
-    """What each machine of the cluster has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _described(machine: Mapping[str, float]) -> str:
-    """Its cores and GPUs."""
-    kinds = [name.removeprefix("accelerator_type:") for name in machine if name.startswith("accelerator_type:")]
-    gpus = f", {counted(int(machine['GPU']), 'GPU')} ({', '.join(kinds)})" if machine.get("GPU") else ""
-    return f"{counted(int(machine.get('CPU', 0)), 'CPU core')}{gpus}"
-
-
-def fit_on(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many trials fit on a machine. Ray shares a GPU, but cuts no trial in two for what is left of several."""
-    fit = machine.get("CPU", 0) / cpus
-    if gpus:
-        has = machine.get("GPU", 0)
-        fit = min(fit, has / gpus if gpus >= 1 else has * int(1 / gpus + 1e-9))
-    return int(fit + 1e-9)  # 1 / 0.2 is 5
-
-
-def _check_address(address: str) -> None:
-    """Refuse an address where nothing listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            raise Refused(
-                f"--address {address}: nothing answers there ({error}); start a cluster with `ray start --head"
-                f" --port={port}`, or leave it out"
-            ) from error
-
-
 def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
     """See `engine.check`: by the engine that was started ahead, or by a process of its own."""
     bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
@@ -771,104 +562,6 @@ def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
         said = str(error).splitlines()
         why = said[-1] if "creation task" in said[0] else f"{said[0]}, mostly for want of memory"
         raise OSError(f"{spec.model}: the processes that were to look at it before the trials died ({why})") from error
-
-
-def _same_as_recorded(spec: SweepSpec, paths: SweepPaths) -> None:
-    """Refuse to go on with a sweep directory that holds another spec."""
-    if not paths.spec.exists():
-        return
-    try:
-        recorded = specs.load(paths.spec, inputs=False)
-    except SpecError as error:
-        raise Refused(f"the spec that {paths.root} was begun with cannot be read:\n{error}") from error
-    changed = specs.changes(recorded, spec)
-    if changed:
-        raise Refused(
-            f"{paths.root} holds a sweep with another spec:\n  "
-            + "\n  ".join(changed)
-            + f"\nGive this one another `name`, restore the old values (they are in {paths.spec}), or move the"
-            " directory away."
-        )
-
-
-def _note_news(ledger: Ledger, key: str, value: Any) -> None:
-    """Note what is not known yet: a journal grows with each note."""
-    if ledger.noted(key) != value:
-        ledger.note(key, value)
-
-
-def _open(
-    spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], known: Sequence[Observation], listener: Listener
-) -> Ledger:
-    """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about, and a new one begins with what
-    is `known`.
-
-    OSError when the database of a recorded one does not answer.
-    """
-    begun = paths.spec.exists()
-    place = without_password(spec.ledger) if spec.ledger else str(paths.ledger)
-    if begun and not spec.ledger and not paths.ledger.exists():
-        raise Refused(f"{paths.root} holds a sweep, but its ledger {place} is gone. {_NO_LEDGER}")
-    try:
-        if spec.ledger:
-            ledger = Ledger.at_url(spec.ledger, spec.name)
-        else:
-            ledger = open_journal(paths.ledger, spec.name, listener.note)
-    except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        why = f"ledger: {place} cannot be opened ({' '.join(str(error).split())})"
-        if begun and isinstance(error, OperationalError):
-            raise OSError(why) from error
-        raise Refused(why) from error
-    if newer := begun_by_newer(ledger):
-        raise Refused(f"{paths.root}: {newer}")
-    recorded = ledger.noted("inputs")
-    if begun and recorded is None:
-        raise Refused(f"{paths.root} holds a sweep, but {place} knows nothing of it. {_NO_LEDGER}")
-    if spec.ledger and not begun and recorded is not None:
-        raise Refused(
-            f"ledger: {place} has a study called {spec.name} already, but {paths.root} holds no sweep. Give this sweep"
-            " another `name`, or bring that sweep's directory here."
-        )
-    if recorded is None:
-        ledger.note("environment", _environment())
-        ledger.note("sweep_id", secrets.token_hex(4))
-        ledger.compare_by(spec.criterion)
-        earlier.write(ledger, known)
-        ledger.note("inputs", inputs)
-    elif recorded != inputs:
-        changed = ", ".join(name for name in inputs if inputs[name] != recorded.get(name))
-        raise Refused(
-            f"{changed}: the content is not that which {paths.root} was begun with. Give this sweep another `name`,"
-            " restore the files, or move the directory away."
-        )
-    header = "".join(f"# {name}: {value}\n" for name, value in ledger.noted("environment").items())
-    shown = spec.model_copy(update={"ledger": place}) if spec.ledger else spec
-    unfinished = paths.spec.with_suffix(".tmp")
-    unfinished.write_text(f"# The spec as run, resolved.\n{header}{specs.dump(shown)}")
-    unfinished.rename(paths.spec)
-    return ledger
-
-
-_NO_LEDGER = "Restore it from a backup or name the right one; to begin anew, move the directory away."
-
-
-def without_password(url: str) -> str:
-    """A database URL that may be written down."""
-    try:
-        parsed = make_url(url)
-        shown = {key: "***" if "pass" in key else value for key, value in parsed.query.items()}
-        return parsed.set(query=shown).render_as_string(hide_password=True)
-    except SQLAlchemyError:  # it is none, which is told when it is opened
-        return "the URL given"
-
-
-def _environment() -> dict[str, str]:
-    """Versions and git commit that a sweep was begun with."""
-    commit = "none"
-    if git := shutil.which("git"):
-        commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return versions | {"git commit": commit or "none"}
 
 
 def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
@@ -893,65 +586,6 @@ def _job(spec: SweepSpec, paths: SweepPaths, listener: Listener) -> Job:
             f"All {rows:,} rows of training and validation are trained on, for {long}: no validation loss follows"
         )
     return Job(spec.model, str(prepared.path), budget, completions=spec.completions)
-
-
-def _without_end(ledger: Ledger, place: Place, *, needed: str | None) -> list[Entry]:
-    """Ended trials with rows of which wandb was not seen to write the run's end.
-
-    Where it is `needed` offline, this machine must have written it; online, any. None: any, in either way.
-    """
-    found = []
-    for entry in ledger.entries():
-        directory = place.paths.trial(entry.number)
-        if entry.state.is_finished() and not (directory / tracking.RECORDED).exists():
-            how = place.text(directory / tracking.RECORDED) if place.is_remote else None
-            written = how is not None if needed is None else how == needed == "online"
-            if not written and place.holds(directory / tracking.ROWS):
-                found.append(entry)
-    return found
-
-
-def _wait_for_ends(ledger: Ledger, place: Place) -> None:
-    """Until the processes of ended trials have handed everything to W&B; those that were killed never will."""
-    began = time.monotonic()
-    while _without_end(ledger, place, needed=None) and time.monotonic() - began < WAIT_SECONDS:
-        time.sleep(0.1)
-
-
-def _end_runs(
-    ledger: Ledger,
-    place: Place,
-    tracked: tracking.Tracking,
-    searched: tuple[str, ...],
-    model: str,
-    evaluations: int,
-    first_rung: int,
-    ending: set[int],
-) -> None:
-    """Have W&B know the end of trials that ended when their process was killed. `evaluations` are a whole budget.
-
-    On an object store this machine gets to have the whole runs of all ended trials that are not online. `ending` are
-    trials that this was begun for, to be passed to the next call: by Optuna's number, for one that is revived gets
-    another end.
-    """
-    if tracked.mode == "disabled":
-        return
-    for entry in _without_end(ledger, place, needed=tracked.mode):
-        if entry.trial.number in ending:
-            continue
-        ending.add(entry.trial.number)
-        directory = place.paths.trial(entry.number)
-        place.pull_log(directory / tracking.ROWS)
-        rows = [row for row in tracking.logged(directory) if tracking.EVALUATION in row]
-        steps = {row[tracking.EVALUATION]: row[tracking.STEP] for row in rows}
-        share = 1.0 if entry.unscored else max(entry.reported, 0) / max(evaluations, 1)
-        told = tracking.summary(entry.objectives, entry.losses, steps, first_rung, share, entry.criterion)
-        facts = told | {"stop_reason": entry.reason}
-        name = tracking.run_name(entry.number, entry.config, searched)
-        config = tracking.run_config(entry.number, entry.config, model, tracked.group)
-        run_id = tracking.run_id(ledger.noted("sweep_id"), entry.number)
-        run = tracking.start(tracked, run_id, name, config, directory, place.push)
-        tracking.finish(run, ENDED_AS[entry.state], facts)
 
 
 def _tune(

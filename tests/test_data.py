@@ -17,6 +17,7 @@ import pytest
 
 import search_spaces
 from tests.tiny import make_tiny_llama, make_tiny_rows
+from trainables import apart
 from trainables import data as module
 from trainables.config import DataConfig
 from trainables.data import (
@@ -53,7 +54,7 @@ def trl_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes that tokenise are forked from one that has imported TRL, which takes 10 s."""
     server = get_context("forkserver")
     server.set_forkserver_preload(["trl.trainer.sft_trainer"])
-    monkeypatch.setattr(module, "get_context", lambda method: server)
+    monkeypatch.setattr(apart, "get_context", lambda method: server)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
-from sweep import cli, findings, runner
+from sweep import cli, findings, run_ends, runner
 from sweep import spec as specs
 from sweep.early_stopping import settle
 from sweep.place import Place
@@ -296,12 +296,12 @@ def test_a_revived_trial_gets_another_end_in_wandb(sweep, monkeypatch):
     ledger, place, ending, ends = reopened(sweep), Place(str(sweep)), set(), []
     (sweep / "trials/001").mkdir(parents=True)
     (sweep / "trials/001/rows.jsonl").touch()
-    tracked = runner.tracking.resolve("toy", None, "toy", "offline", sweep)
-    monkeypatch.setattr(runner.tracking, "start", lambda *run: None)
-    monkeypatch.setattr(runner.tracking, "finish", lambda run, state, facts: ends.append(facts["stop_reason"]))
+    tracked = run_ends.tracking.resolve("toy", None, "toy", "offline", sweep)
+    monkeypatch.setattr(run_ends.tracking, "start", lambda *run: None)
+    monkeypatch.setattr(run_ends.tracking, "finish", lambda run, state, facts: ends.append(facts["stop_reason"]))
     for reason in (ledger.entry(1).reason, BY_HAND):
         for _ in range(2):
-            runner._end_runs(ledger, place, tracked, ("r",), "", 9, 1, ending)
+            run_ends.end_runs(ledger, place, tracked, ("r",), "", 9, 1, ending)
         assert ends[-1] == reason
         ledger.revive(1)
         ledger.stop(1, BY_HAND)

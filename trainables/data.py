@@ -18,11 +18,9 @@ import re
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainables.apart import one_process
 from trainables.cache import Cached, Tell, home, not_kept
 from trainables.checkpoint import MANIFEST
 from trainables.config import DataConfig
@@ -626,7 +625,7 @@ def _copy(source: Path, to: Path) -> None:
 
 def _write(splits: dict[str, _Split], tokenizer: Path, max_length: int, directory: Path) -> None:
     # In a process of its own: TRL brings torch, threads and settings of the whole process that a driver must not have.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_leave_signals_to_the_parent) as pool:
+    with one_process(_leave_signals_to_the_parent) as pool:
         tokenised = pool.submit(_tokenise, splits, tokenizer, directory / TOKENIZER).result()
     summary: dict[str, Any] = {"pad_token_id": tokenised.pad_token_id}
     summary |= {key: {} for key in ("rows", "tokens", "cut_off", "dropped")}

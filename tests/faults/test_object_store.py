@@ -16,8 +16,8 @@ from moto.server import ThreadedMotoServer
 from optuna.trial import TrialState
 
 from sweep import page
+from sweep.opening import without_password
 from sweep.place import Place
-from sweep.runner import without_password
 from sweep.spec import load
 from sweep.study import Entry, Ledger
 from sweep.sync import Refused, upload

@@ -114,6 +114,7 @@ class QLoRATrial:
         self.base = model.base(job.model, config.quant_type, config.compute_dtype, config.double_quant)
         layers = model.targets(self.base.layers, job.model, config.target_modules)
         self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
+        self.adapter.begin()
         self.banner = model.banner(self.base, self.adapter)
         self.answers: Answers | None = None
         self.writing: Iterator[int] | None = None
@@ -261,7 +262,8 @@ class QLoRATrial:
                 raise ValueError(f"checkpoint {checkpoint.path} has {name} {facts[name]}, this trial has {ours}")
         self.step, self.evaluations = checkpoint.step, checkpoint.evaluations
         set_weights(self.adapter, load_file(checkpoint.path / ADAPTER))
-        self.adapter.set_moments(load_file(checkpoint.path / STATE))
+        if self.step:
+            self.adapter.set_moments(load_file(checkpoint.path / STATE))
 
     def close(self) -> None:
         if not self.closed:
@@ -332,12 +334,15 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
     norms = [trial.adapter.norm() for trial in trials]
     values = torch.stack([*losses, *norms]).tolist()  # one wait for the device
     tokens = [sum(len(ids) for work in step for ids, _ in work.rows) for step in steps]
-    numbers = list(zip(values[: len(trials)], values[len(trials) :], strict=True))
-    for trial, (loss, norm) in zip(trials, numbers, strict=True):
-        trial.learn(loss, norm)
-    seconds = time.perf_counter() - began
-    for trial, (loss, norm), count in zip(trials, numbers, tokens, strict=True):
-        if trial.failure is None:
+    taken = []
+    try:
+        for trial, loss, norm, count in zip(trials, values, values[len(trials) :], tokens, strict=False):
+            trial.learn(loss, norm)
+            if trial.failure is None:
+                taken.append((trial, loss, norm, count))
+    finally:  # also of those whose step was taken before that of another one failed
+        seconds = time.perf_counter() - began
+        for trial, loss, norm, count in taken:
             trial.note_learned(loss, norm, count, seconds * count / sum(tokens))
 
 

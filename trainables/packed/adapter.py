@@ -56,6 +56,15 @@ class Adapter:
             self.trained = {"adapter": torch.nn.Parameter(self.weights)}
             self.optimizer = AdamW(self.trained.values(), weight_decay=config.weight_decay, fused=True)
 
+    def begin(self) -> None:
+        """Make the optimiser's state, which it would do in its first step: there memory may be lacking."""
+        for weight in self.trained.values():
+            if isinstance(self.optimizer, PagedAdamW8bit):
+                self.optimizer.init_state(self.optimizer.param_groups[0], weight, 0, 0)
+            else:
+                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
+
     def norm(self) -> Tensor:
         """L2 norm of the gradient, fp32 (): of pieces in fp32, then of all in fp64.
 
@@ -82,7 +91,7 @@ class Adapter:
         self.gradient.zero_()
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimiser's state; nothing before the first step."""
+        """The optimiser's state; nothing before `begin`."""
         return {
             # bitsandbytes keeps a number here, and one quantisation map for all weights
             f"{name}.{key}": torch.as_tensor(value).cpu().clone()
@@ -91,19 +100,14 @@ class Adapter:
         }
 
     def set_moments(self, saved: Mapping[str, Tensor]) -> None:
+        """After `begin`."""
         for name, weight in self.trained.items():
-            prefix = f"{name}."
-            mine = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
-            if not mine:  # there is nothing before the first step
-                continue
-            if isinstance(self.optimizer, PagedAdamW8bit):
-                self.optimizer.init_state(self.optimizer.param_groups[0], weight, 0, 0)  # allocates paged memory
-                state = self.optimizer.state[weight]
-                state["step"] = int(mine.pop("step"))
-                for key, value in mine.items():
-                    state[key].copy_(value)
-            else:
-                self.optimizer.state[weight] = {key: value.to(weight.device) for key, value in mine.items()}
+            state = self.optimizer.state[weight]
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    value.copy_(saved[f"{name}.{key}"])
+                else:
+                    state[key] = int(saved[f"{name}.{key}"])
 
 
 class Stack:

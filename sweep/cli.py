@@ -476,7 +476,8 @@ def export(
     from sweep import status as statuses
 
     try:
-        home = exports.take_home(statuses.look(sweep, ledger), trial, merge=merge, public=push_to is not None)
+        found = statuses.look(sweep, ledger)
+        home = exports.take_home(found, trial, merge=merge, public=push_to is not None)
     except (statuses.NoSweep, exports.NotKept, ValueError) as error:
         raise typer.Exit(_wrong_input(error)) from error
     except (OSError, RuntimeError, MemoryError) as error:  # a disk that is full, memory that is not enough
@@ -484,6 +485,8 @@ def export(
         raise typer.Exit(EXIT_FAILED) from error
     where = f"{home.directory} has trial {home.trial} as it was after step {home.step}"
     print(f"{where}: {home.result}. Its README.md says how to load it.")
+    if found.newer:
+        print(found.newer, file=sys.stderr)
     if push_to is not None:
         try:
             print(f"Uploaded to {exports.push(home.directory, push_to)}")

@@ -29,6 +29,8 @@ def gather(
     found: list[Observation] = []
     for source in dict.fromkeys(sources):
         earlier = _look(source, spec.ledger)
+        if earlier.unknown:
+            raise Unusable(f"search.from: {source}: {earlier.newer}")
         differences = _differences(earlier.spec, spec)
         if inputs is not None:
             differences += _changed(earlier.ledger.noted("inputs") or {}, inputs)

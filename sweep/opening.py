@@ -15,7 +15,7 @@ from sweep import spec as specs
 from sweep.paths import SweepPaths
 from sweep.scheduler import Listener
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import PROGRAM, Ledger, Observation, begun_by_newer, open_journal
+from sweep.study import PROGRAM, UPDATE, Ledger, Observation, begun_by_newer, open_journal, unknown_fields
 from sweep.validation import Refused
 
 PACKAGES = (PROGRAM, "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
@@ -29,7 +29,9 @@ def check_spec(spec: SweepSpec, paths: SweepPaths) -> None:
     try:
         recorded = specs.load(paths.spec, inputs=False)
     except SpecError as error:
-        raise Refused(f"the spec that {paths.root} was begun with cannot be read:\n{error}") from error
+        raise Refused(
+            f"the spec that {paths.root} was begun with cannot be read:\n{error}\nIf a newer version wrote it, {UPDATE}"
+        ) from error
     changed = specs.changes(recorded, spec)
     if changed:
         raise Refused(
@@ -64,6 +66,8 @@ def open_ledger(
         raise Refused(why) from error
     if newer := begun_by_newer(ledger):
         raise Refused(f"{paths.root}: {newer}")
+    if unknown := unknown_fields(ledger.entries()):
+        raise Refused(f"{paths.root}: its trials have {', '.join(unknown)}, which only a newer version knows: {UPDATE}")
     recorded = ledger.noted("inputs")
     if begun and recorded is None:
         raise Refused(f"{paths.root} holds a sweep, but {place} knows nothing of it. {_NO_LEDGER}")

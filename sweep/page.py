@@ -20,7 +20,7 @@ from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
 from sweep.spec import SweepSpec, dump, portable
 from sweep.status import Status, rows_of
-from sweep.study import MACHINES, STATES, Entry, begun_by_newer, ranking
+from sweep.study import MACHINES, STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
 from sweep.validation import counted
 
@@ -108,8 +108,7 @@ def _standing(status: Status) -> str:
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     running = ", while it runs" if status.driver else ""
     trials = f"{len(status.entries)} of {counted(asked, 'trial')}{f' ({each})' if each else ''}, {took} of training"
-    newer = begun_by_newer(status.ledger)
-    return f"As of {now}{running}: {trials}.{f' {newer}.' if newer else ''}"
+    return f"As of {now}{running}: {trials}.{f' {status.newer}.' if status.newer else ''}"
 
 
 def _verdict(status: Status) -> Iterator[str]:

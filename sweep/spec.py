@@ -3,7 +3,9 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -15,6 +17,7 @@ from ruamel.yaml import YAML
 from sweep import document
 from sweep import space as spaces
 from sweep.criterion import LOSS, Criterion
+from sweep.document import Document
 from sweep.document import Problem as Problem
 from sweep.document import SpecError as SpecError
 from sweep.space import DEFAULTS, Space
@@ -303,14 +306,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, inputs: bool = True
     file at once. With `inputs` false the model and data that it names may be missing, as in a recorded spec.
     """
     path = Path(path)
-    found = document.read(path)
-    if not isinstance(found.data, dict):
-        raise SpecError([found.problem((), f"received {shown(found.data)}, should be a mapping: name: …, space: …")])
+    found = _read(path)
     wrong_overrides = [document.override(found, assignment, RIVALS) for assignment in overrides]
-    problems = [*filter(None, wrong_overrides), *found.problems(_check(found.data, path.absolute().parent, inputs))]
-    if problems:
-        raise SpecError(problems)
-    return SweepSpec.model_validate_json(json.dumps(_resolved(found.data, path.absolute().parent)))
+    return _sound(found, path.absolute().parent, inputs, filter(None, wrong_overrides))
+
+
+def load_known(path: Path) -> tuple[SweepSpec, list[str]]:
+    """The recorded spec at `path`, for whoever only looks at its sweep: without the keys that this version does not
+    know, for a newer one wrote them. And those keys, dotted. Raises SpecError as `load` does."""
+    found = _read(path)
+    unknown = list(_unknown(found.data))
+    for *above, name in unknown:
+        del reduce(getitem, above, found.data)[name]
+    return _sound(found, path.absolute().parent, inputs=False), [".".join(map(str, key)) for key in unknown]
 
 
 def dump(spec: SweepSpec) -> str:
@@ -368,6 +376,38 @@ def changes(recorded: SweepSpec, asked: SweepSpec) -> list[str]:
         for key, was, now in pairs
         if was != now and not free(key, was, now)
     ]
+
+
+def _read(path: Path) -> Document:
+    found = document.read(path)
+    if not isinstance(found.data, dict):
+        raise SpecError([found.problem((), f"received {shown(found.data)}, should be a mapping: name: …, space: …")])
+    return found
+
+
+def _sound(found: Document, directory: Path, inputs: bool, wrong: Iterable[Problem] = ()) -> SweepSpec:
+    """The spec in a document, of which something is known to be `wrong`."""
+    problems = [*wrong, *found.problems(_check(found.data, directory, inputs))]
+    if problems:
+        raise SpecError(problems)
+    return SweepSpec.model_validate_json(json.dumps(_resolved(found.data, directory)))
+
+
+def _unknown(data: Mapping[str, Any], section: type[BaseModel] = SweepSpec, above: Key = ()) -> Iterator[Key]:
+    """Keys that no section has, and fields that no configuration has."""
+    fields = _fields(section)
+    for name, value in data.items():
+        key = (*above, name)
+        inner = _section(fields[name]) if name in fields else None
+        if name not in fields:
+            yield key
+        elif inner and isinstance(value, dict):
+            yield from _unknown(value, inner, key)
+        elif key == ("space",) and isinstance(value, dict):
+            yield from ((*key, field) for field in value if field not in DEFAULTS)
+        elif key == ("search", "first") and isinstance(value, list):
+            entries = [(index, entry) for index, entry in enumerate(value) if isinstance(entry, dict)]
+            yield from ((*key, index, field) for index, entry in entries for field in entry if field not in DEFAULTS)
 
 
 def _check(data: Mapping[str, Any], directory: Path, inputs: bool) -> Iterator[tuple[Key, str]]:

@@ -5,10 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from rich.console import Console
 
 from sweep import report, scoring, verification
@@ -18,7 +20,20 @@ from sweep.place import Place
 from sweep.progress import Outlook, machine, outlook, overview, seeded, to_verify, verification_heading
 from sweep.requests import COMMAND, Request, not_tried, waiting
 from sweep.spec import SpecError, SweepSpec
-from sweep.study import EXHAUSTED, PROGRAM, STATES, Entry, Ledger, begun_by_newer, ranking, read_journal, read_url
+from sweep.study import (
+    EXHAUSTED,
+    PROGRAM,
+    STATES,
+    UPDATE,
+    Entry,
+    Ledger,
+    begun_by_newer,
+    ranking,
+    read_journal,
+    read_url,
+    unknown_fields,
+)
+from sweep.validation import complaints
 from trainables import data
 
 
@@ -42,10 +57,20 @@ class Status:
     """What was asked for and not done yet."""
     url: str | None = None
     """Of its ledger, with the password; None for the journal."""
+    unknown: Sequence[str] = ()
+    """What a newer version wrote of it, and this one leaves out."""
 
     def reread(self) -> Ledger:
         """The ledger as it is by now. Raises `NoSweep`."""
         return read(self.place, self.spec.name, self.url)
+
+    @property
+    def newer(self) -> str | None:
+        """A sentence when a newer version wrote what this one may not know all of."""
+        if self.unknown:
+            left_out = f"{PROGRAM} {version(PROGRAM)} does not know, and leaves out here: {', '.join(self.unknown)}"
+            return f"{left_out}. A newer version has run this sweep: {UPDATE}"
+        return begun_by_newer(self.ledger)
 
     @cached_property
     def verifying(self) -> Sequence[Entry]:
@@ -108,13 +133,11 @@ def look(directory: str, ledger: str | None = None) -> Status:
         raise NoSweep(f"{directory} is a file; name the directory of a sweep, like sweeps/pricer")
     try:
         place.pull_file(paths.spec)
-        recorded = specs.load(paths.spec, inputs=False)
+        recorded, unknown = specs.load_known(paths.spec)
     except (SpecError, OSError, ValueError) as error:
         if paths.spec.exists():
-            raise NoSweep(
-                f"{place.url}: its space.yaml cannot be read: {error}; if a newer version of {PROGRAM} made it, update"
-                f" with: python -m pip install --upgrade {PROGRAM}"
-            ) from error
+            told = f"its space.yaml cannot be read: {error}; if a newer version of {PROGRAM} wrote it, {UPDATE}"
+            raise NoSweep(f"{place.url}: {told}") from error
         why = f" ({error})" if place.is_remote else ""
         raise NoSweep(
             f"{place.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer"
@@ -127,17 +150,19 @@ def look(directory: str, ledger: str | None = None) -> Status:
     for entry in entries:
         try:
             entry.config  # noqa: B018 - is read
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValidationError) as error:
+            why = complaints(error) if isinstance(error, ValidationError) else "none is on record"
             raise NoSweep(
-                f"{place.url}: trial {entry.number} has no configuration that this version of qlora-sweep knows"
-                f" ({error}); if a newer one made it, update with: python -m pip install --upgrade {PROGRAM}"
+                f"{place.url}: trial {entry.number} has no configuration that this version of {PROGRAM} knows ({why});"
+                f" if a newer one wrote it, {UPDATE}"
             ) from error
+    unknown += [f"{field} of the trials" for field in unknown_fields(entries)]
     try:
         driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
         asked = waiting(place)
     except OSError as error:  # a directory of somebody else, a store that does not answer
         driver, asked = f"a process or not, which cannot be seen ({error})", []
-    return Status(place, recorded, study, entries, driver, asked, url)
+    return Status(place, recorded, study, entries, driver, asked, url, unknown)
 
 
 def read(place: Place, name: str, url: str | None) -> Ledger:
@@ -162,8 +187,11 @@ def rerun_spec(
     With `all_data` it is NAME-all-NNN and is trained on the validation rows, too, so it has no validation loss. Unless
     an override says how long, it passes over all rows as often as the trial's best checkpoint had over its own.
 
-    Raises `NoSweep` when there is no such trial, or nothing says how long; SpecError as `spec.load` does.
+    Raises `NoSweep` when there is no such trial, nothing says how long, or a newer version wrote what this one does not
+    know; SpecError as `spec.load` does.
     """
+    if found.unknown:
+        raise NoSweep(f"{found.place.url}: {found.newer}")
     entry = next((entry for entry in found.entries if entry.number == trial), None)
     if entry is None:
         numbers = ", ".join(str(entry.number) for entry in found.entries) or "none"
@@ -254,7 +282,7 @@ def show(console: Console, status: Status) -> None:
     searched, evaluations = spec.space.searched, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
     console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
-    if newer := begun_by_newer(status.ledger):
+    if newer := status.newer:
         console.print(newer, highlight=False, soft_wrap=True)
     ahead, alive = status.outlook, status.driver is not None
     if entries:
@@ -292,6 +320,7 @@ def as_json(status: Status) -> dict[str, Any]:
     return {
         "name": status.spec.name,
         "place": status.place.url,
+        "newer": status.newer,
         "driver": status.driver,
         "command": status.command,
         "asked_for": status.spec.search.trials,

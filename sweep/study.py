@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study that is made
 
 PROGRAM = "qlora-sweep"
+UPDATE = f"get the newest source, then: python -m pip install -e PATH/TO/{PROGRAM}"
+"""What to do about a sweep of a newer version."""
 PART = 30_000
 """Characters of one part of a note; a database may take no more than 65,535 bytes (MySQL's TEXT), quotes escaped."""
 RESAMPLES = 10
@@ -158,8 +160,14 @@ def of_known(kind: type[T], facts: Mapping[str, Any]) -> T:
 
 @lru_cache(maxsize=100_000)
 def _config(recorded: str) -> QLoRAConfig:
-    """Kept, for all trials are looked at for every proposal."""
-    return QLoRAConfig.model_validate_json(recorded)
+    """Kept, for all trials are looked at for every proposal. A driver has made sure that nothing is left out."""
+    return QLoRAConfig.model_validate_json(recorded, extra="ignore")
+
+
+def unknown_fields(entries: Iterable[Entry]) -> list[str]:
+    """Fields of the trials' configurations that a newer version wrote, and this one leaves out."""
+    recorded = (json.loads(entry.trial.user_attrs["config"]) for entry in entries)
+    return sorted({name for config in recorded for name in config} - QLoRAConfig.model_fields.keys())
 
 
 def _number(trial: FrozenTrial) -> int:
@@ -453,10 +461,7 @@ def begun_by_newer(ledger: Ledger) -> str | None:
     began, ours = (ledger.noted("environment") or {}).get(PROGRAM, "0"), version(PROGRAM)
     if Version(began) <= Version(ours):
         return None
-    return (
-        f"{PROGRAM} {began} began this sweep, and this is {ours}, which may not know all of it; update with:"
-        f" python -m pip install --upgrade {PROGRAM}"
-    )
+    return f"{PROGRAM} {began} began this sweep, and this is {ours}, which may not know all of it: {UPDATE}"
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,12 @@ def unknown_key(key: object, allowed: Iterable[str], elsewhere: Iterable[str] = 
     return f"unknown key{did_you_mean(key, allowed, elsewhere)} (allowed: {', '.join(allowed)})"
 
 
+def complaints(error: ValidationError) -> str:
+    """What pydantic found wrong with a whole object, in a line."""
+    found = error.errors(include_url=False)
+    return "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in found)
+
+
 def _reasons(error: ValidationError) -> Faults:
     """What pydantic found wrong with one value: the list index inside of it (often none) and the message.
 

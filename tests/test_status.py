@@ -6,18 +6,22 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from sweep import cli, page, verification
+from sweep.earlier import Unusable, gather
+from sweep.opening import check_spec, open_ledger
 from sweep.place import Place
 from sweep.progress import sparkline
 from sweep.requests import COMMAND
 from sweep.spec import load
-from sweep.status import Status, as_json, look, show
+from sweep.status import NoSweep, Status, as_json, look, rerun_spec, show
 from sweep.study import open_journal
+from sweep.validation import Refused
 from tests import sweeps
 from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost
@@ -27,10 +31,11 @@ def status(directory: Path, *options: str) -> Result:
     return CliRunner().invoke(cli.app, ["status", str(directory), *options], env={"COLUMNS": "160"})
 
 
-def of_tomorrow(ledger: Path) -> None:
-    """As a version writes it that knows one field more."""
-    text = ledger.read_text().replace(r"{\"r\":", r"{\"new\":1,\"r\":")
-    ledger.write_text(re.sub(r',"checksum":"\w+"', "", text))
+def of_tomorrow(ledger: Path, ours: str, theirs: str) -> None:
+    """As a version writes it that knows more."""
+    text = ledger.read_text()
+    assert ours in text
+    ledger.write_text(re.sub(r',"checksum":"\w+"', "", text.replace(ours, theirs)))
 
 
 def test_while_it_runs_and_when_it_has_ended(space):
@@ -190,7 +195,10 @@ def test_a_killed_sweep_is_unfinished(space):
         (lambda sweep: (sweep / "study.log").unlink(), "has no ledger: its driver has not begun"),
         (lambda sweep: (sweep / "study.log").write_bytes(b""), "knows no sweep called toy"),
         (lambda sweep: (sweep / "study.log").write_bytes(b"{\n"), "study.log:1: the ledger is damaged"),
-        (lambda sweep: of_tomorrow(sweep / "study.log"), "trial 0 has no configuration that this version"),
+        (
+            lambda sweep: of_tomorrow(sweep / "study.log", r"\"nf4\"", r"\"int2\""),
+            "knows (quant_type: Input should be 'nf4' or 'fp4'); if a newer one wrote it, get the newest source, then:",
+        ),
     ],
 )
 def test_nothing_to_tell(undisturbed, tmp_path, damage, message):
@@ -214,6 +222,38 @@ def test_what_a_newer_version_began_is_shown_and_said(undisturbed, tmp_path):
     assert "qlora-sweep 99.1 began this sweep, and this is " in told.stdout
     assert "winner" in told.stdout
     assert "qlora-sweep 99.1 began this sweep" in page.render(look(str(sweep)), {})
+
+
+def test_what_a_newer_version_wrote_is_left_out_and_said(undisturbed, tmp_path):
+    """Of whoever only looks; nothing is trained by less than what was written."""
+    sweep, space = tmp_path / "toy", undisturbed[0]
+    shutil.copytree(space.parent / "sweeps/toy", sweep)
+    ours = look(str(sweep))
+    paths, spec = ours.place.paths, load(space, [f"storage={tmp_path}"])
+    of_tomorrow(paths.ledger, r"{\"r\":", r"{\"doubt\":1,\"r\":")
+    with pytest.raises(Refused, match="its trials have doubt, which only a newer version knows: get the newest source"):
+        open_ledger(spec, paths, {}, (), SimpleNamespace(note=print))
+    text = paths.spec.read_text().replace("  first: []\n", "  first: [{doubt: 2}]\n  luck: 3\n")
+    paths.spec.write_text(text.replace("space:\n", "space:\n  doubt: {values: [1, 2]}\n") + "mood: {good: true}\n")
+    with pytest.raises(Refused, match=r"search\.luck: unknown key(?s:.*)If a newer version wrote it, get the newest"):
+        check_spec(spec, paths)
+
+    found = look(str(sweep))
+    assert [entry.config for entry in found.entries] == [entry.config for entry in ours.entries]
+    assert found.spec == ours.spec.model_copy(update={"search": found.spec.search})
+    assert found.spec.search.first == ({},)
+    left_out = "search.first.0.doubt, search.luck, space.doubt, mood, doubt of the trials"
+    said = f"does not know, and leaves out here: {left_out}. A newer version has run this sweep: get the newest source,"
+    told = status(sweep)
+    assert told.exit_code == 0, told.stderr
+    assert said in told.stdout
+    assert "winner" in told.stdout
+    assert said in as_json(found)["newer"]
+    assert said in page.render(found, {})
+    with pytest.raises(NoSweep, match="leaves out here"):
+        rerun_spec(found, 0)
+    with pytest.raises(Unusable, match="leaves out here"):
+        gather([str(sweep)], spec, None, print)
 
 
 def test_asking_makes_no_database(undisturbed, tmp_path):

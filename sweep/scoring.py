@@ -73,13 +73,19 @@ def lines(ledger: "Ledger") -> list[str]:
     found = scores(ledger)
     if found is None:
         return []
-    told = [f"{found.split} set, {found.rows} rows: the best checkpoint of trial {found.trial:03d}, and the base model"]
     values, base = found.values or {}, found.base_values or {}
+    told = []
+    if values or found.loss is not None:
+        rows = f"{found.split} set, {found.rows} rows"
+        told.append(f"{rows}: the best checkpoint of trial {found.trial:03d}, and the base model")
     width = max([21, *map(len, values)])
     if found.loss is not None and found.base_loss is not None:
         told.append(f"{'loss':{width}} {found.loss:.4f}  (base {found.base_loss:.4f})")
     for name, value in values.items():
         told.append(f"{name:{width}} {value:.5g}" + (f"  (base {base[name]:.5g})" if name in base else ""))
+    if found.trouble is not None:  # which may name files of this machine: see `trouble`
+        whose = "the base" if values else f"trial {found.trial:03d}"
+        told.append(f"metric {found.metric} gave no number for what {whose} writes on the {found.split} rows")
     before = [each for each in _recorded(ledger)[:-1] if each.loss is not None]
     earlier = {each.trial for each in before if (each.trial, each.step) != (found.trial, found.step)}
     if earlier:

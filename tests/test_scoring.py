@@ -342,3 +342,34 @@ def test_the_test_rows_are_scored_once(monkeypatch):
     assert len(asked) == 2
     ledger.note("scores", [asdict(mine), asdict(replace(mine, trial=1))])
     assert scoring.lines(ledger)[-1] == "The test set was scored before, with winners of that time: 0"
+
+
+def test_that_a_metric_gave_no_number_is_said():
+    """To all who read the scores; why, to whoever ran the sweep alone."""
+    ledger = memory_ledger()
+    found = scoring.Scores(0, 24, "validation", 20, None, None, "m:f", None, None, "gave 'good' of /home/me")
+    told = "metric m:f gave no number for what trial 000 writes on the validation rows"
+    for scores, lines in (
+        (found, [told]),
+        (
+            replace(found, split="test", loss=1.5, base_loss=4.9),
+            [
+                "test set, 20 rows: the best checkpoint of trial 000, and the base model",
+                "loss                  1.5000  (base 4.9000)",
+                told.replace("validation", "test"),
+            ],
+        ),
+        (
+            replace(found, values={"error": 7.0}),
+            [
+                "validation set, 20 rows: the best checkpoint of trial 000, and the base model",
+                "error                 7",
+                told.replace("trial 000", "the base"),
+            ],
+        ),
+    ):
+        ledger.note("scores", [asdict(scores)])
+        assert scoring.lines(ledger) == lines
+        assert scoring.trouble(ledger) == [
+            "metric m:f: gave 'good' of /home/me; mend it and run the sweep again, it is computed anew"
+        ]

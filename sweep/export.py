@@ -314,8 +314,8 @@ def _push(upload: Upload, entries: Sequence[Entry], best: Entry) -> None:
 
 
 def without_path(model: str) -> str:
-    """What a base model is called elsewhere: its Hub id, or of a directory of this machine the name."""
-    return model if data.is_hub_id(model) else Path(model).name
+    """What a base model is called elsewhere: its Hub id, or a directory to be filled in, which is no Hub id either."""
+    return model if data.is_hub_id(model) else f"PATH/TO/{Path(model).name}"
 
 
 class NotKept(Exception):
@@ -365,6 +365,7 @@ def model_card(
     """
     library = "transformers" if merged else "peft"
     base_model = model if data.is_hub_id(model) else None  # the Hub refuses a path
+    name = base_model or Path(model).name
     card = ModelCardData(library_name=library, base_model=base_model, tags=["qlora", "qlora-sweep", "lora"])
     entries = ledger.entries()
     config = entry.config
@@ -378,7 +379,7 @@ def model_card(
         ]
     )
     spec = ledger.noted(PORTABLE)
-    what = f"{model}, fine-tuned with QLoRA" if merged else f"QLoRA adapter for {model}"
+    what = f"{name}, fine-tuned with QLoRA" if merged else f"QLoRA adapter for {name}"
     if entry.unscored:
         found = f"Trial {entry.number} as it was after its last optimiser step, {step}."
     else:
@@ -388,6 +389,8 @@ def model_card(
             f"{place} of {counted(len(entries), 'trial')} by {entry.criterion.explained}, taken after optimiser\n"
             f"step {step} of trial {entry.number}."
         )
+    if base_model is None:
+        found += f"\n\nIts base, {name}, is a local model with the content hash {inputs.get('model', 'not on record')}."
     bf16 = config.compute_dtype == "bf16"
     how = _LOAD_MERGED if merged else _LOAD_ADAPTER
     return ModelCard(

@@ -98,11 +98,23 @@ def test_every_better_adapter_is_uploaded(hub, sweep, tmp_path):
     assert repository.files["adapter_model.safetensors"] == b"weights of loss 1.0"
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sweep.json", "README.md"}
     assert repository.files.keys() == names
-    assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == "llama"
+    assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == "PATH/TO/llama"
     for name, content in repository.files.items():
         assert str(tmp_path).encode() not in content, name
         assert TOKEN.encode() not in content, name
     assert set(sweep.notes) == {f"The best adapter so far is at {hub.url}/{REPO}, which is private"}
+
+
+@pytest.mark.parametrize("model", ["/models/llama", "owner/llama"])
+def test_no_directory_is_passed_off_as_a_model_of_the_hub(sweep, model):
+    sweep.evaluated(0, 1, 2.0)
+    sweep.ledger.note("inputs", {"model": "abcdef", "data.train": "123456"})
+    card = export.model_card(sweep.ledger, sweep.ledger.entry(0), export.without_path(model), 1, "tiny")
+    is_local = model == "/models/llama"
+    assert card.data.base_model == (None if is_local else model)
+    assert f"# QLoRA adapter for {'llama' if is_local else model}\n" in card.text
+    assert f'from_pretrained(\n    "{"PATH/TO/llama" if is_local else model}", quant' in card.text
+    assert ("Its base, llama, is a local model with the content hash abcdef." in card.text) == is_local
 
 
 def test_what_is_found_out_later_is_uploaded_once(hub, sweep):

@@ -319,7 +319,7 @@ def test_adapters_are_taken_home(undisturbed, hub, tmp_path):
     assert f'"tiny-{winner.number:03d}"' in (home / "README.md").read_text()
     for name in files:
         assert str(Path(load(space).model).parent).encode() not in (home / name).read_bytes(), name
-    assert json.loads((home / "sweep.json").read_text())["model"] == "llama"
+    assert json.loads((home / "sweep.json").read_text())["model"] == "PATH/TO/llama"
 
     told = export(space, tmp_path, "--trial", str(second.number), "--push-to", "somebody/tiny", **on_hub(hub.url))
     assert told.returncode == 0, told.stderr

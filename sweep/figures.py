@@ -84,7 +84,7 @@ def validation_curves(
     study: optuna.Study, entries: Sequence[Entry], names: Mapping[int, str], evaluations: int
 ) -> go.Figure:
     """What is searched for, by evaluation, of each trial in the study. The trials with `names` stand out; a cross is
-    where early stopping ended one."""
+    where one was stopped."""
     figure = visualization.plot_intermediate_values(study)
     for trace in figure.data:
         number = int(trace.name.removeprefix("Trial"))
@@ -99,11 +99,11 @@ def validation_curves(
     figure.add_scatter(
         x=[entry.reported for entry in stopped],
         y=[entry.criterion.turned(entry.objectives[entry.reported]) for entry in stopped],
-        text=[f"{entry.number:03d} stopped" for entry in stopped],
+        text=[f"{entry.number:03d}, {entry.reason}" for entry in stopped],
         mode="markers",
         marker={"symbol": "x", "size": 8, "color": BAD},
-        name="stopped by ASHA",
-        hovertemplate="%{text}: %{y:.4f}<extra></extra>",
+        name="stopped",
+        hovertemplate="%{y:.4f}: %{text}<extra></extra>",
     )
     shown = [entry for entry in entries if entry.number in there]
     criterion = shown[0].criterion

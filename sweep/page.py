@@ -20,7 +20,7 @@ from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
 from sweep.spec import SweepSpec, dump, portable
 from sweep.status import Status, rows_of
-from sweep.study import MACHINES, STATES, Entry, ranking
+from sweep.study import MACHINES, PROGRAM, STATES, Entry, ranking
 from sweep.tracking import Row, described, run_name
 from sweep.validation import counted
 
@@ -288,7 +288,7 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
         "How they learned",
         [
             f"{few}The best {len(best)} stand out; point at a line for its name.",
-            "A cross is where early stopping ended a trial.",
+            "A cross is where a trial was stopped; the ranking says why.",
         ],
         [Drawing(figures.validation_curves(study, some, names, spec.budget.evaluations))],
     )
@@ -443,10 +443,13 @@ def _commands(status: Status, directory: str) -> Iterator[str]:
     """What repeats the sweep, in a `directory` of its own, and its winner."""
     versions, quoted = status.ledger.noted("environment") or {}, shlex.quote(directory)
     packages = [  # a local version, such as torch's +cpu, is in no index
-        f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "git commit"
+        f"{name}=={version.partition('+')[0]}"
+        for name, version in versions.items()
+        if name not in (PROGRAM, "git commit")
     ]
-    if packages:
-        yield f"python -m pip install {' '.join(packages)}"
+    if versions:  # this program is in no index
+        source = f"its source, version {versions[PROGRAM]}"
+        yield f"python -m pip install {' '.join(packages)} -e PATH/TO/{PROGRAM}  # {source}"
     yield "python -m sweep run space.yaml"
     for winner in ranking(status.entries)[:1]:
         yield f"python -m sweep rerun {quoted} --trial {winner.number}  # the best configuration alone, once more"

@@ -13,10 +13,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
-from sweep import cli, findings, page, report, tracking, verification
+from sweep import cli, figures, findings, page, report, tracking, verification
 from sweep.findings import Curve
 from sweep.place import Place
 from sweep.progress import Console
+from sweep.requests import BY_HAND
 from sweep.runner import Outcome
 from sweep.spec import load
 from sweep.status import Status
@@ -330,7 +331,7 @@ def test_the_page_says_nothing_of_the_machine(toy, tmp_path):
         assert private not in html
     assert ", while it runs: 1 of 24 trials" in html
     for command in (
-        "python -m pip install qlora-sweep==0.1.0 torch==2.13.0\n",
+        "python -m pip install torch==2.13.0 -e PATH/TO/qlora-sweep  # its source, version 0.1.0\n",
         "python -m sweep rerun sweeps/toy --trial 0  #",
     ):
         assert command in html
@@ -353,6 +354,20 @@ def test_what_is_drawn_is_bounded(toy, tmp_path):
     html = shown(toy, ledger, tmp_path)
     assert f"Drawn are {page.figures.DRAWN} of {page.figures.DRAWN + 50} trials." in html
     assert html.count("<tr>") > page.figures.DRAWN + 50  # the table has all
+
+
+def test_a_cross_says_who_stopped_a_trial(toy, tmp_path):
+    ledger = memory_ledger()
+    ended(ledger, 2.0, 1.5)
+    ended(ledger, 3.0, stop=True)
+    by_hand = add_trial(ledger)
+    ledger.report(by_hand, 1, 2.5)
+    ledger.stop(by_hand, BY_HAND)
+    entries = ledger.entries()
+    study = findings.derived(entries, {entry.number: (0.0,) for entry in entries}, {})
+    (crosses,) = figures.validation_curves(study, entries, {}, 9).select_traces({"mode": "markers"})
+    assert list(crosses.text) == ["001, ASHA: poor", "002, stopped by hand"]
+    assert "early stopping ended" not in shown(toy, ledger, tmp_path)
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium; with Debian: apt-get install chromium")

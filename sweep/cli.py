@@ -379,9 +379,12 @@ def revive(
     trial: Annotated[int, typer.Option(help="Number of the trial.", show_default=False)],
     ledger: LedgerUrl = None,
 ) -> None:
-    """Have a trial that was stopped, by early stopping or by hand, go on from its checkpoint.
+    """Have a trial that was stopped, by early stopping or by hand, go on from its checkpoint, or else begin anew.
 
     Example: python -m sweep revive sweeps/pricer --trial 3
+
+    Of trials that have ended, only the best `checkpoint.keep` have a checkpoint
+    still, mostly none that early stopping ended. It says which of the two it is.
 
     Exit codes: 0 done or asked for, 1 the directory cannot be written,
     2 wrong input: no sweep there, or the trial was not stopped.

@@ -229,7 +229,7 @@ class Requests:
             self._place.delete(self._place.paths.trial(number) / RECORDED)  # W&B is to have another end of the run
             self._ledger.revive(number)
             self.put_back(number)
-            self._answer(request, f"trial {number} goes on")
+            self._answer(request, f"trial {number} is revived")
         elif request.verb == "enqueue":
             params = self._space.params_of(request.config or {})
             self._answer(request, "the configuration is enqueued", params)
@@ -274,9 +274,13 @@ def ask(found: "Status", verb: Verb, trial: int | None = None, config: Mapping[s
     elif verb == "revive" and trial is not None:
         directory = place.paths.trial(trial)
         place.pull_checkpoints(directory, manifests_alone=True)
-        if checkpoint.best(directory) is None and checkpoint.last(directory) is None:
-            kept = f"checkpoint.keep: {found.spec.checkpoint.keep}"
-            told = [f"Its checkpoints were tidied away ({kept}), so it begins anew, with the same losses."]
+        kept = checkpoint.last(directory) or checkpoint.best(directory)
+        told = [
+            f"Its checkpoints were tidied away (checkpoint.keep: {found.spec.checkpoint.keep}), so it begins anew, with"
+            " the same losses."
+            if kept is None
+            else f"It goes on from its checkpoint after step {kept.step}."
+        ]
     elif verb == "enqueue":
         configs = {entry.config for entry in found.entries}
         begun = len(configs | {drawn(params, found.spec.space).config for params in enqueued(ledger)})

@@ -28,7 +28,7 @@ def main() -> None:
     found = status.look(parser.parse_args().sweep)
     page.write(found)
     report = found.place.paths.report
-    browser.screenshot(report, DOCS / "report.png", PAGE, 960)
+    browser.screenshot(report, DOCS / "report.png", PAGE, 1050)
     browser.screenshot(report, DOCS / "report-curves.png", PAGE, 1000, "how-they-learned")
     browser.screenshot(report, DOCS / "report-cost.png", PAGE, 1000, "how-the-search-went")
     browser.screenshot(report, DOCS / "report-phone.png", browser.PHONE, 1080)

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import optuna
+import plotly.colors
 import plotly.graph_objects as go
 import plotly.io
 from optuna import visualization
@@ -17,8 +18,13 @@ plotly.io.templates.default = "none"  # they are 7 kB and 0.1 s a figure
 
 DRAWN = 100
 """Trials that are drawn where each has a line of its own; more are slow and hide each other."""
+NAMED = 5
+"""Best trials that the legend of the curves names."""
+AXIS = 80
+"""Pixels that an axis of the parallel coordinates needs for its name and values."""
 POINTS = 300
 """Training losses that are drawn of a trial: means over as many equal stretches."""
+COLORS = plotly.colors.qualitative.Dark24
 FULL, FAINT, GOOD, BAD = "#1f5fa8", "rgba(110, 120, 135, 0.35)", "#1a7f4b", "#b3341f"
 
 
@@ -35,7 +41,8 @@ def parallel_coordinates(study: optuna.Study, target: str) -> go.Figure:
     figure = visualization.plot_parallel_coordinate(study, target_name=target)
     figure.update_traces(opacity=0.7)
     figure.update_traces(marker_showscale=False, selector={"mode": "markers"})  # the first axis says it
-    return _calm(figure, 420, hovermode="closest", xaxis_tickangle=-30)
+    names = [name.replace("_", "_<br>").replace(" ", "<br>") for name in figure.layout.xaxis.ticktext]
+    return _calm(figure, 350, hovermode="closest", xaxis_tickangle=0, xaxis_ticktext=names)
 
 
 def slices(study: optuna.Study, target: str) -> dict[str, go.Figure]:
@@ -59,6 +66,8 @@ def importances(study: optuna.Study, found: Mapping[str, tuple[float, float, flo
     figure = visualization.plot_param_importances(study, evaluator=_Known(medians))
     names = figure.data[0].y
     figure.update_traces(
+        x=[found[name][0] for name in names],  # Optuna makes their sum 1, of which percentiles know nothing
+        hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         error_x={
             "type": "data",
             "symmetric": False,
@@ -83,16 +92,20 @@ class _Known(optuna.importance.BaseImportanceEvaluator):
 def validation_curves(
     study: optuna.Study, entries: Sequence[Entry], names: Mapping[int, str], evaluations: int
 ) -> go.Figure:
-    """What is searched for, by evaluation, of each trial in the study. The trials with `names` stand out; a cross is
-    where one was stopped."""
+    """What is searched for, by evaluation, of each trial in the study. The trials with `names`, best first, stand out;
+    a cross is where one was stopped."""
     figure = visualization.plot_intermediate_values(study)
+    places = {number: place for place, number in enumerate(names)}
     for trace in figure.data:
         number = int(trace.name.removeprefix("Trial"))
         trace.name = names.get(number, f"{number:03d}")
         if number in names:
-            trace.line.width = 2
+            place = places[number]
+            color = COLORS[place % len(COLORS)]
+            trace.update(line={"color": color, "width": 2}, marker={"color": color}, legendrank=place)
+            trace.showlegend = place < NAMED
         else:
-            trace.update(line={"color": FAINT, "width": 1}, marker={"color": FAINT, "size": 4})
+            trace.update(line={"color": FAINT, "width": 1}, marker={"color": FAINT, "size": 4}, showlegend=False)
     figure.data = sorted(figure.data, key=lambda trace: trace.line.width)  # the named ones above the others
     there = {trial.number for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])}
     stopped = [e for e in entries if e.number in there and e.state is TrialState.PRUNED and e.best]
@@ -103,6 +116,7 @@ def validation_curves(
         mode="markers",
         marker={"symbol": "x", "size": 8, "color": BAD},
         name="stopped",
+        showlegend=bool(stopped),
         hovertemplate="%{y:.4f}: %{text}<extra></extra>",
     )
     shown = [entry for entry in entries if entry.number in there]
@@ -117,7 +131,8 @@ def validation_curves(
         460,
         xaxis={"title": "evaluation", "range": [0.8, evaluations + 0.2], "dtick": -(-evaluations // 20)},
         yaxis={"title": criterion.name, "range": [values[0] - room, ceiling + room]},
-        showlegend=False,
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
     )
 
 

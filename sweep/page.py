@@ -39,6 +39,8 @@ class Drawing:
     caption: str = ""
     wide: bool = True
     """It takes the whole width of the page, also of a large screen."""
+    least: int = 0
+    """Pixels of width that it needs; on a narrower screen it is scrolled."""
 
     @property
     def json(self) -> str:
@@ -223,6 +225,7 @@ def _what_mattered(status: Status) -> Iterator[Section]:
             figures.parallel_coordinates(drawn, criterion.name),
             "A line is a trial at the values that it was trained with, darker with a"
             f" {criterion.better} {criterion.short}.",
+            least=figures.AXIS * (1 + len(fields)),
         )
     ]
     if found:
@@ -287,7 +290,8 @@ def _learning(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence
     yield Section(
         "How they learned",
         [
-            f"{few}The best {len(best)} stand out; point at a line for its name.",
+            f"{few}The best {len(best)} stand out, the first {min(len(best), figures.NAMED)} with their names; point at"
+            " any line for its own.",
             "A cross is where a trial was stopped; the ranking says why.",
         ],
         [Drawing(figures.validation_curves(study, some, names, spec.budget.evaluations))],

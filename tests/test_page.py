@@ -21,6 +21,7 @@ from sweep.requests import BY_HAND
 from sweep.runner import Outcome
 from sweep.spec import load
 from sweep.status import Status
+from sweep.study import ranking
 from tests import browser, sweeps
 from tests.ledgers import add_trial, memory_ledger, swept
 from trainables.config import DataConfig
@@ -354,6 +355,26 @@ def test_what_is_drawn_is_bounded(toy, tmp_path):
     html = shown(toy, ledger, tmp_path)
     assert f"Drawn are {page.figures.DRAWN} of {page.figures.DRAWN + 50} trials." in html
     assert html.count("<tr>") > page.figures.DRAWN + 50  # the table has all
+
+
+def test_figures_say_what_they_show_without_being_pointed_at(status):
+    """On paper, and on a phone, where axes that do not fit are scrolled."""
+    entries = ranking(status.entries)
+    study = findings.derived(
+        entries, {each.number: (each.losses[1],) for each in entries}, findings.axes(entries, status.spec.space)
+    )
+    axis = figures.parallel_coordinates(study, "validation loss").layout.xaxis
+    assert {"validation<br>loss", "learning_<br>rate", "r"} <= set(axis.ticktext)
+    assert axis.tickangle == 0
+    assert f"min-width: {5 * figures.AXIS}px" in page.render(status, {})  # four parameters and the loss
+    shares = findings.importance(study)
+    (bars,) = figures.importances(study, shares).data
+    assert dict(zip(bars.y, bars.x, strict=True)) == {name: median for name, (median, _, _) in shares.items()}
+    names = {entry.number: f"trial {entry.number}" for entry in entries[:7]}
+    curves = figures.validation_curves(study, entries, names, 9).data
+    legend = {curve.legendrank: curve.name for curve in curves if curve.showlegend and curve.name != "stopped"}
+    assert [legend[place] for place in sorted(legend)] == list(names.values())[: figures.NAMED]
+    assert len({curve.line.color for curve in curves if curve.name in names.values()}) == len(names)
 
 
 def test_a_cross_says_who_stopped_a_trial(toy, tmp_path):

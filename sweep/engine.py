@@ -67,11 +67,12 @@ class EngineProcess:
 
 def check(model: str, layers: Sequence[tuple[str, ...]], bf16: bool) -> None:
     """What only torch can tell, which the driver does without: whether the names of `layers` are names of the model's,
-    and with `bf16` whether the device of this process computes in bf16.
+    whether it finds the GPU that this process was given, if any, and with `bf16` whether that computes in bf16.
 
     Raises ValueError or OSError, and says what is wrong.
     """
     models = importlib.import_module("trainables.model")
+    models.check_device()
     if bf16:
         models.check_compute_dtype("bf16")
     models.check_target_modules(model, layers)
@@ -229,6 +230,11 @@ class PackedTrial:
 
     def save(self, directory: Path) -> None:
         self._call("save", directory)
+
+    def give_way(self) -> bool:
+        """See `trainables.packed.engine.Engine.give_way`."""
+        gave: bool = self._call("give_way")
+        return gave
 
     def close(self) -> None:
         with suppress(EngineLost):

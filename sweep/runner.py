@@ -546,11 +546,11 @@ def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
 
 def _check_with_torch(spec: SweepSpec, ahead: Any) -> None:
     """See `engine.check`: by the engine that was started ahead, or by a process of its own."""
-    bf16 = spec.resources.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
-    layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
-    if spec.model is None or not (bf16 or layers):
-        return
     asked = spec.resources
+    bf16 = asked.gpus > 0 and "bf16" in spec.space.values("compute_dtype")
+    layers = [names for names in spec.space.values("target_modules") if names != "all-linear"]
+    if spec.model is None or not (asked.gpus or layers):
+        return
     alone = ray.remote(num_cpus=asked.cpus, num_gpus=asked.gpus, max_retries=2)
     try:
         ray.get((alone(engine.check) if ahead is None else ahead.check).remote(spec.model, layers, bf16))

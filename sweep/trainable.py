@@ -75,7 +75,8 @@ class Failure:
         engine: Literal["died", "gone"] | None = None
         if isinstance(error, EngineLost):
             engine = "gone" if isinstance(error, EngineGone) else "died"
-        environment = engine is not None or isinstance(error, OSError | MemoryError | ImportError)
+        lost = "CUDA error" in reason  # nothing works in the process any more
+        environment = engine is not None or lost or isinstance(error, OSError | MemoryError | ImportError)
         return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine, metric)
 
 
@@ -145,15 +146,16 @@ class SlicedTrial(tune.Trainable):
             with suppress(OSError):  # the store does not answer: it is asked again before anything is written
                 self._assert_lease()
         try:
-            return self._told(self._advance())
+            try:
+                return self._told(self._advance())
+            except OutOfMemory as error:
+                reason = str(error)  # the error itself holds on to the tensors of its frames
+            return self._told(self._make_room(reason))
         except NoRoomYet:
             time.sleep(ROOM_SECONDS)
             return self._told(NOTHING)
-        except OutOfMemory as error:
-            reason = str(error)  # the error itself holds on to the tensors of its frames
         except Exception as error:  # noqa: BLE001 - the driver decides; Tune ends the run on one it cannot unpickle
             return self._told(NOTHING) | {"failure": Failure.of(error)}
-        return self._told(self._make_room(reason))
 
     def _assert_lease(self) -> None:
         """End this process when it has outlived its driver, or when the trial has been given to another one.
@@ -230,17 +232,24 @@ class SlicedTrial(tune.Trainable):
         tracking.log(self._run, slice_, self._assignment.criterion)
 
     def _make_room(self, reason: str) -> Slice:
-        """Halve the micro-batch: the next slice goes on from here with it."""
+        """The next slice goes on from here with the micro-batch halved or, where it must not be smaller, when another
+        trial of the engine has ended."""
         assert self._trial is not None
-        job, config = self._assignment.job, self._assignment.config
-        if not may_halve(config, job.halvings):
-            rows = config.micro_batch(job.halvings)
-            return Slice((), None, f"out of memory with a micro-batch of {rows}: {reason}", True, 0)
-        if self._trial.step > 0:
+        mine, job = self._assignment, self._assignment.job
+        halves, packed = may_halve(mine.config, job.halvings), isinstance(self._trial, PackedTrial)
+        if self._trial.step > 0 and (halves or packed):
             self._save()
-        self._trial.close()
+        if halves:
+            self._trial.close()
+            self._assignment = replace(mine, job=replace(job, halvings=job.halvings + 1))
+        elif isinstance(self._trial, PackedTrial) and self._trial.give_way():
+            self._notes.append(
+                f"trial {mine.number:3d} does not fit into memory beside the others: it waits for one to end"
+            )
+        else:
+            rows = mine.config.micro_batch(job.halvings)
+            return Slice((), None, f"out of memory with a micro-batch of {rows}: {reason}", True, 0)
         self._trial = None
-        self._assignment = replace(self._assignment, job=replace(job, halvings=job.halvings + 1))
         return NOTHING
 
     def save_and_leave(self) -> str | None:

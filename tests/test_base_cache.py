@@ -178,6 +178,8 @@ def test_what_decides_the_tensors_decides_the_name(llama, kept, tmp_path, monkey
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     others.append(name(copy))
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    others.append(name(copy))
     monkeypatch.setattr(base_cache, "version", lambda package: f"{package} 0")
     others.append(name())
     assert len({first, *others}) == len(others) + 1

@@ -246,6 +246,100 @@ def test_one_that_does_not_fit_alone_is_told_so_and_the_others_go_on(engine, tin
         assert losses(fine.result()[0]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_one_that_does_not_fit_beside_the_others_waits_for_one_to_end(engine, tiny, monkeypatch):
+    """Three trials of which two fit; each begins anew when it comes back."""
+    job = replace(tiny, budget=steps(6, 1))
+    configs = [config(seed=seed, dropout=0.1) for seed in range(3)]
+    expected = [curve(each, job)[0] for each in configs]
+    label_losses, crowds, gave_way = bases.label_losses, [], []
+
+    def scarce(*given):
+        crowds.append(len(engine._members))
+        if crowds[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(*given)
+
+    def drive_on(number: int) -> list[Step]:
+        while True:
+            try:
+                return drive(engine, number, configs[number], job)[0]
+            except NoRoomYet:
+                time.sleep(0.05)
+            except OutOfMemory:
+                assert engine.give_way(f"trial {number}")
+                gave_way.append(number)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    for number, each in enumerate(configs):
+        engine.start(f"first {number}", number, each, job, None)
+    with pytest.raises(OutOfMemory):
+        engine.advance("first 0", 0.0)
+    assert engine.give_way("first 0")
+    with pytest.raises(NoRoomYet):
+        engine.start("trial 0", 0, configs[0], job, None)
+    engine.close("first 1")
+    with pytest.raises(NoRoomYet):  # it is the turn of the one that waits
+        engine.start("trial 1", 1, configs[1], job, None)
+    engine.close("first 2")
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(drive_on, range(3)))
+    assert max(crowds) == 3
+    assert 2 in crowds[crowds.index(3) :]
+    for ours, theirs in zip(done, expected, strict=True):
+        assert losses(ours) == pytest.approx(theirs, abs=1e-5)
+
+
+def test_one_that_does_not_fit_at_all_cannot_give_way(engine, tiny, monkeypatch):
+    make_room_for(0, monkeypatch)
+    engine.start("a", 0, CONFIG, tiny, None)
+    with pytest.raises(OutOfMemory):
+        engine.advance("a", 0.0)
+    assert not engine.give_way("a")
+
+
+def test_one_that_waits_and_is_wanted_no_more_keeps_nobody_waiting(engine, tiny, monkeypatch):
+    make_room_for(0, monkeypatch)
+    for number, key in enumerate("ab"):
+        engine.start(key, number, CONFIG, tiny, None)
+    with pytest.raises(OutOfMemory):
+        engine.advance("a", 0.0)
+    assert engine.give_way("a")
+    monkeypatch.undo()
+    monkeypatch.setattr(engine, "_seats", 9)
+    with pytest.raises(NoRoomYet):
+        engine.start("c", 2, CONFIG, tiny, None)
+    engine.forget(0)
+    engine.start("c", 2, CONFIG, tiny, None)
+
+
+@pytest.mark.parametrize("where", ["step", "save", "close"])
+def test_a_lost_device_ends_the_process_and_blames_nobody(tiny, tmp_path, monkeypatch, where):
+    """Wherever CUDA tells of it; Ray makes another one."""
+    engine, ended = Engine(), threading.Event()
+
+    def end(code: int) -> None:
+        ended.set()
+        threading.Event().wait()  # for ever
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    engine.start("a", 0, CONFIG, replace(tiny, budget=steps(1000, 1)), None)
+    monkeypatch.setattr(engines.os, "_exit", end)
+    trial = engine._members["a"].trial
+    calls = {
+        "step": (bases, "label_losses", lambda: engine.advance("a", 0.0)),
+        "save": (trial, "save", lambda: engine.save("a", tmp_path)),
+        "close": (trial, "close", lambda: engine.close("a")),
+    }
+    owner, name, call = calls[where]
+    with monkeypatch.context() as context:
+        context.setattr(owner, name, lost)
+        threading.Thread(target=call, daemon=True).start()
+        assert ended.wait(30)
+    trial.close()
+
+
 def test_an_error_is_told_to_its_trial_alone(engine, tiny, monkeypatch):
     job = replace(tiny, budget=steps(6, 1))
     sick, well = config(seed=1), config(seed=2)

@@ -146,6 +146,17 @@ def test_weights_stored_in_another_4_bit_type_are_refused(llama, tmp_path, loads
         model.base(str(tmp_path), "nf4", "fp32", True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine on which torch finds no GPU")
+def test_a_gpu_that_torch_does_not_find_is_not_replaced_by_the_cpu(llama, monkeypatch):
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        model.check_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(model, "_warm", {})
+    with pytest.raises(OSError, match=r"finds no GPU, though this process was given one \(CUDA_VISIBLE_DEVICES is 3\)"):
+        model.base(str(llama), "nf4", "bf16", True)
+
+
 def test_bf16_on_a_gpu_without_it_is_refused(llama, monkeypatch):
     monkeypatch.setattr(model, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

@@ -152,7 +152,7 @@ def test_a_pack_and_trl(tiny, pack, tmp_path):
 def test_what_another_trial_does_changes_no_bit(pack, other):
     """Rows of the other one are of the same lengths, so that the shapes are unchanged."""
     mine = config(seed=1, batch_size=40)  # all rows, in either order
-    before = {"seed": 2, "batch_size": 40, "r": other.get("r", CONFIG.r)}
+    before = {"seed": 2, "batch_size": 40}
     expected = pack([mine, config(**before)]).train(6)
     disturbed = pack([mine, config(**(before | {"seed": 3} | other))]).train(6)
     assert losses(disturbed.steps[0]) == losses(expected.steps[0])
@@ -268,6 +268,40 @@ def test_many_tokens_go_through_the_base_in_parts(pack, monkeypatch):
         assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
 
 
+def row(length: int) -> bases.Row:
+    return np.zeros(length, np.int32), np.ones(length, np.bool_)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "at_once", "for_free", "expected"),
+    [
+        ([[64]] * 4, 256, 0, [[0, 1, 2, 3]]),
+        ([[64]] * 5, 256, 0, [[0, 1, 2, 3], [4]]),
+        ([[64], [64], [1024], [64]], 16384, 0, [[0, 1, 3], [2]]),  # not 4,096 tokens of which 1,216 are real
+        ([[64], [64], [1024], [64]], 16384, 4096, [[0, 1, 3, 2]]),
+        ([[100], [60], [80], [300, 20]], 16384, 0, [[1, 2, 0], [3]]),  # 20 % of padding, then 72 %
+        ([[500], [5]], 100, 0, [[1], [0]]),
+    ],
+)
+def test_works_of_like_length_go_together(lengths, at_once, for_free, expected):
+    works = {i: bases.Work(None, [row(length) for length in each], None) for i, each in enumerate(lengths)}
+    assert qlora_sft.in_groups(works, at_once, for_free) == expected
+
+
+def test_rows_of_like_length_come_together_in_a_step(pack):
+    """Each with the dropout that it has anyway; a step of one micro-batch stays as it is drawn."""
+    whole, parts = pack([config(batch_size=40), config(batch_size=40, accumulation=4)]).trials
+    ids = [whole.train[int(number)][0].tolist() for number in whole.next_rows()]
+    (one,) = whole.micro_batches(whole.next_rows())
+    assert [row_ids.tolist() for row_ids, _ in one.rows] == ids
+    several = parts.micro_batches(parts.next_rows())
+    together = [
+        (row_ids.tolist(), seed) for work in several for (row_ids, _), seed in zip(work.rows, work.seeds, strict=True)
+    ]
+    assert [len(row_ids) for row_ids, _ in together] == sorted(map(len, ids))
+    assert sorted(together) == sorted(zip(ids, one.seeds, strict=True))
+
+
 def test_the_norm_of_a_long_gradient_has_no_error_of_a_long_sum(pack):
     (trial,) = pack([config()]).trials
     trial.adapter.gradient = 1 + 1e-3 * torch.randn(5_000_001, generator=torch.Generator().manual_seed(0))
@@ -299,6 +333,41 @@ def test_no_room_for_all_leaves_each_where_it_stood(pack, tiny, monkeypatch):
     for trial, (training, _) in zip(trials, expected, strict=True):
         turn([trial])
         assert losses(trial.news().steps) == pytest.approx(training[:2], abs=1e-5)
+
+
+def test_a_step_that_fails_takes_none_back(pack, tiny, monkeypatch):
+    """What was taken before is told, and the one that failed stands where it stood."""
+    configs = [config(seed=seed, dropout=0.1) for seed in (1, 2, 3)]
+    expected = [curve(each, tiny)[0] for each in configs]
+    trials = pack(configs).trials
+    turn(trials)
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(trials[1].adapter.optimizer, "step", full)
+        with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+            turn(trials)
+    assert [trial.step for trial in trials] == [2, 1, 1]
+    told = [losses(trial.news().steps) for trial in trials]
+    assert [len(each) for each in told] == [2, 1, 1]
+    turn(trials)
+    for trial, before, training in zip(trials, told, expected, strict=True):
+        assert before + losses(trial.news().steps) == pytest.approx(training[: trial.step], abs=1e-5)
+
+
+def test_a_step_makes_no_room_for_moments(pack):
+    """They are there before the first one, or memory might be lacking in the middle of it."""
+    [trial] = pack([config()]).trials
+    before = {
+        key: value.data_ptr() for key, value in trial.adapter.optimizer.state[trial.adapter.trained["adapter"]].items()
+    }
+    turn([trial])
+    after = trial.adapter.optimizer.state[trial.adapter.trained["adapter"]]
+    assert {key: value.data_ptr() for key, value in after.items()} == before
+    assert after["step"] == 1
+    assert after["exp_avg"].any()
 
 
 def test_dropout_is_a_fair_coin_for_every_row_layer_and_place():

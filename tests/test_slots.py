@@ -1,6 +1,6 @@
 """How many trials share a device, given what a step was measured to take."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -34,6 +34,9 @@ def measured(fixed: float, each: float, room: int = 80 * GB, base: int = GB, of_
         (measured(0.11, 0.0005, room=-GB), 1, 100, 1),
         (measured(0.11, 0.0005, of_trial=0), 1, 100, MOST),
         (measured(0.0, 1.0), 1, 100, 1),
+        (replace(measured(1.0, 0.1), at_once=3), 1, 100, 3),  # else 16
+        (replace(measured(1.0, 0.1), at_once=3), 2, 100, 6),
+        (replace(measured(1.0, 0.1), at_once=1), 1, 100, 1),
     ],
 )
 def test_slots(step, bases, most, expected):
@@ -45,6 +48,9 @@ def test_gain():
     step = measured(0.7, 0.3)
     assert step.gain(1) == 1
     assert step.gain(8) == pytest.approx(8 * (0.7 + 0.3) / (0.7 + 8 * 0.3))
+    in_two = replace(step, at_once=4)
+    assert in_two.gain(4) == step.gain(4)
+    assert in_two.gain(8) == pytest.approx(step.gain(4))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def locate(model: str, tell: Tell, *decides: object) -> CachedBase | None:
     try:
         directory = check_model(model) if is_hub_id(model) else Path(model)
         config = (directory / "config.json").read_text(encoding="utf-8")
+        writing = directory / "generation_config.json"  # a base has its settings: with which token an answer ends
+        settings = writing.read_text(encoding="utf-8") if writing.exists() else None
         if '"quantization_config"' in config:
             return None
         revision = directory.name if is_hub_id(model) else None
@@ -53,7 +55,7 @@ def locate(model: str, tell: Tell, *decides: object) -> CachedBase | None:
             files = [] if revision else sorted(directory.glob("*.safetensors*"))
             weights = [(file.name, checksum) for file, checksum in zip(files, pool.map(_known, files), strict=True)]
         versions = [version(package) for package in VERSIONS]
-        key = json.dumps([config, revision, weights, versions, *decides])
+        key = json.dumps([config, settings, revision, weights, versions, *decides])
         return CachedBase(bases / hashlib.sha256(key.encode()).hexdigest(), WHAT, tell, revision)
     except (OSError, DataError) as error:
         tell(not_kept(WHAT, error))

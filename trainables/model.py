@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -42,6 +43,16 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def check_device() -> None:
+    """Raises OSError when this process was given a GPU that torch does not find: the CPU would take its place."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given not in (None, "", "-1") and not torch.cuda.is_available():
+        raise OSError(
+            f"torch {torch.__version__} finds no GPU, though this process was given one (CUDA_VISIBLE_DEVICES is"
+            f" {given}); install a build of torch for CUDA, see whether nvidia-smi answers, or set resources.gpus: 0"
+        )
+
+
 def base(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> Base:
     """The frozen base on `device()`: linear layers but the output head in 4 bits, the rest in `compute_dtype`.
 
@@ -71,6 +82,7 @@ def check_compute_dtype(compute_dtype: ComputeDtype) -> None:
 
 
 def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> Base:
+    check_device()
     check_compute_dtype(compute_dtype)
     dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
     if of_products != dtype:
@@ -205,6 +217,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device ran out of memory, which not all libraries say in torch's way."""
     said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether nothing works in this process any more, as after errors of CUDA other than a lack of memory."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
 
 
 def targets(layers: Layers, called: str, target_modules: str | tuple[str, ...]) -> Layers:

@@ -42,6 +42,8 @@ SCORED_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 LEARNT_AT_ONCE = {"cpu": 1024, "cuda": 16384}
 """Tokens, padding included, of the micro-batches of many trials that are learnt from together: more keep either device
 no busier and take memory."""
+PADDED_FOR_FREE = {"cpu": 128, "cuda": 4096}
+"""Tokens, padding included, up to which a pass through the base takes about as long, however few they are."""
 
 STATE, FACTS = "training_state.safetensors", "state.json"
 
@@ -170,12 +172,18 @@ class QLoRATrial:
         return rows_of_step(self.step, len(self.train), self.config.batch_size, self.config.seed)
 
     def micro_batches(self, numbers: NDArray[np.int64]) -> list[Work]:
-        """A step on these rows. What dropout draws follows from seed, step and place in the batch alone."""
+        """A step on these rows. What dropout draws follows from seed, step and place in the batch alone.
+
+        Rows of like length come together, so that there is little padding.
+        """
         rows = [self.train[int(number)] for number in numbers]
         sources = (np.random.SeedSequence((self.config.seed, self.step, place)) for place in range(len(rows)))
         seeds = [int(source.generate_state(1)[0]) for source in sources]
-        starts = range(0, len(rows), self.micro_batch)
-        return [Work(self.adapter, rows[i : i + self.micro_batch], seeds[i : i + self.micro_batch]) for i in starts]
+        places = list(range(len(rows)))
+        if len(rows) > self.micro_batch:
+            places.sort(key=lambda place: len(rows[place][0]))
+        parts = [places[i : i + self.micro_batch] for i in range(0, len(places), self.micro_batch)]
+        return [Work(self.adapter, [rows[i] for i in part], [seeds[i] for i in part]) for part in parts]
 
     def learn(self, loss: float, norm: float) -> None:
         """Take the step that the gradients, of this norm, ask for. What is not finite must not reach the weights."""
@@ -320,12 +328,12 @@ def _nothing_lost(trials: Sequence[QLoRATrial]) -> Iterator[None]:
 def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> None:
     """An optimiser step of each, on its micro-batches."""
     began = time.perf_counter()
-    base, pad = trials[0].base, trials[0].pad
+    base, pad, kind = trials[0].base, trials[0].pad, trials[0].device.type
     labels = [sum(work.labels for work in step) for step in steps]
     losses = [torch.zeros((), device=base.model.device) for _ in trials]
     for number in range(max(len(step) for step in steps)):
         present = {i: step[number] for i, step in enumerate(steps) if number < len(step)}
-        for some in in_groups(present, LEARNT_AT_ONCE[base.model.device.type]):
+        for some in in_groups(present, LEARNT_AT_ONCE[kind], PADDED_FOR_FREE[kind]):
             of_labels = base.losses([present[i] for i in some], pad)
             means = [each.sum() / labels[i] for i, each in zip(some, of_labels, strict=True)]
             torch.stack(means).sum().backward()
@@ -346,15 +354,22 @@ def _train(trials: Sequence[QLoRATrial], steps: Sequence[Sequence[Work]]) -> Non
             trial.note_learned(loss, norm, count, seconds * count / sum(tokens))
 
 
-def in_groups(works: Mapping[int, Work], tokens: int) -> list[list[int]]:
-    """Keys of neighbours that take at most so many tokens with padding; what takes more stands alone."""
+def in_groups(works: Mapping[int, Work], at_once: int, for_free: int) -> list[list[int]]:
+    """Keys of works that go through the base together: of like length, `at_once` tokens with padding at most.
+
+    Where padding would be more than half of the tokens themselves, a pass more is quicker, unless all are so few that
+    it is `for_free`. A work that takes more than `at_once` stands alone.
+    """
+    widths = {key: max(len(ids) for ids, _ in work.rows) for key, work in works.items()}
     groups: list[list[int]] = []
-    rows = width = 0
-    for key, work in works.items():
-        rows, width = rows + len(work.rows), max(width, *(len(ids) for ids, _ in work.rows))
-        if not groups or rows * width > tokens:
+    rows = tokens = 0
+    for key in sorted(works, key=lambda key: widths[key]):
+        own = [len(ids) for ids, _ in works[key].rows]
+        rows, tokens = rows + len(own), tokens + sum(own)
+        padded = rows * widths[key]
+        if not groups or padded > at_once or padded > max(for_free, 1.5 * tokens):
             groups.append([])
-            rows, width = len(work.rows), max(len(ids) for ids, _ in work.rows)
+            rows, tokens = len(own), sum(own)
         groups[-1].append(key)
     return groups
 

@@ -70,6 +70,11 @@ def engines(process) -> list[psutil.Process]:
     return nodes.called(children(process), "EngineProcess")
 
 
+def maps(process: psutil.Process) -> str:
+    """What is in its memory; a process of a packed trial, of which there are many, is small."""
+    return Path(f"/proc/{process.pid}/maps").read_text()
+
+
 def children(process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -117,6 +122,8 @@ def test_processes_are_killed(space, serial):
     process = sweeps.start(space, "--set", "packing.slots=4")
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
     before = attempts(space)
+    assert "libtorch" in maps(engines(process)[0])
+    assert not any("libtorch" in maps(each) for each in nodes.trial_processes(children(process)))
     engines(process)[0].kill()
     sweeps.wait_until(lambda: len(attempts(space)) == 4 and not attempts(space) & before, process)
     nodes.trial_processes(children(process))[0].kill()

@@ -6,6 +6,7 @@ its next evaluation: only there somebody has to decide whether it may.
 """
 
 import itertools
+import math
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ import torch
 from trainables import qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.model import base
+from trainables.model import base, device_is_lost
 from trainables.packed.base import Base
 from trainables.packed.measure import measure
 from trainables.packed.slots import Measured
@@ -46,6 +47,8 @@ class Member:
     deadline: float = 0.0
     """When they get them, `time.monotonic()`."""
     error: Exception | None = None
+    crowd: int = 0
+    """Members of the engine when that happened."""
     turn: int = 0
     """The last one that it was part of."""
 
@@ -64,6 +67,8 @@ class Engine:
         self._members: dict[str, Member] = {}
         self._notes: list[str] = []
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
+        self._waiting: list[int] = []  # trials that gave way, by number
+        self._seats = math.inf  # so many trials fit beside each other, each with a micro-batch that cannot be smaller
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -78,11 +83,14 @@ class Engine:
     def start(self, key: str, number: int, config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Started:
         """See `qlora_sft.start`. The trial is called `key` from now on; an earlier attempt at `number` ends.
 
-        Raises `NoRoomYet` when there is no room beside the bases of other trials.
+        Raises `NoRoomYet` when there is no room beside other trials.
         """
 
         def call() -> Started:
             self._close(lambda member: member.number == number)
+            not_its_turn = len(self._members) >= self._seats or self._waiting[:1] not in ([], [number])
+            if self._members and not_its_turn:
+                raise NoRoomYet("it does not fit beside the trials that are here")
             try:
                 trial = qlora_sft.start(config, job, checkpoint)
             except MemoryError as error:
@@ -91,6 +99,7 @@ class Engine:
                 raise
             assert isinstance(trial, QLoRATrial)
             self._members[key] = Member(number, trial)
+            self._waiting = [other for other in self._waiting if other != number]
             self._most.clear()
             return Started(trial.total_steps, trial.step, trial.evaluations, trial.banner)
 
@@ -124,13 +133,38 @@ class Engine:
         """See `protocol.Trial`; the trial must be held or have told of an evaluation."""
         self._called(lambda: self._member(key).trial.save(directory))
 
+    def give_way(self, key: str) -> bool:
+        """Close a trial that does not fit beside the others, to be started again when one of them has ended.
+
+        False, and nothing is done, when there are no others: then it does not fit at all.
+        """
+
+        def call() -> bool:
+            member = self._member(key)
+            others = len(self._members) - 1
+            if not others:
+                self._seats = math.inf  # it was not the others' number
+                return False
+            if len(self._members) >= member.crowd:  # else another one has given way meanwhile, and it may try again
+                self._seats = others
+                self._waiting.append(member.number)
+            self._close(lambda each: each is member)
+            return True
+
+        return self._called(call)
+
     def close(self, key: str) -> None:
         """End the trial, if it is there."""
         self._called(lambda: self._close(lambda member: member is self._members.get(key)))
 
     def forget(self, number: int) -> None:
-        """End the trial of this number, if it is there: the process that asked for it may have been killed."""
-        self._called(lambda: self._close(lambda member: member.number == number))
+        """End the trial of this number, if it is there or waits: the process that asked for it may have been killed."""
+
+        def call() -> None:
+            self._waiting = [other for other in self._waiting if other != number]
+            self._close(lambda member: member.number == number)
+
+        self._called(call)
 
     def _member(self, key: str) -> Member:
         if key not in self._members:
@@ -144,8 +178,10 @@ class Engine:
         def answer() -> None:
             try:
                 future.set_result(call())
-            except Exception as error:  # noqa: BLE001 - it is the caller's
-                future.set_exception(error)
+            except Exception as error:
+                if device_is_lost(error):
+                    raise
+                future.set_exception(error)  # it is the caller's
 
         self._calls.put(answer)
         return future.result()
@@ -206,11 +242,11 @@ class Engine:
         except OutOfMemory as error:
             failure: Exception = OutOfMemory(str(error))  # the error itself holds on to the tensors of its frames
         except Exception as error:  # it is the trial's, whose process decides
-            if "CUDA error" in str(error):
-                raise  # nothing works in this process any more
+            if device_is_lost(error):
+                raise
             failure = error.with_traceback(None)
         if len(group) == 1:
-            group[0].error = failure
+            group[0].error, group[0].crowd = failure, len(self._members)
         elif isinstance(failure, OutOfMemory):
             half = -(-len(group) // 2)
             self._most[group[0].trial.base] = half

@@ -14,7 +14,7 @@ from trainables import model
 from trainables.config import QLoRAConfig
 from trainables.packed.slots import Measured
 from trainables.protocol import Job
-from trainables.qlora_sft import QLoRATrial, start, try_out
+from trainables.qlora_sft import LEARNT_AT_ONCE, QLoRATrial, start, try_out
 
 SECONDS = 2.0
 """How long steps of one number of trials are timed; at least one is."""
@@ -31,7 +31,8 @@ def measure(config: QLoRAConfig, rows: int, job: Job) -> Measured:
     on = model.device()
     trials = [_start(config, 0, job)]
     try:
-        by_length = np.argsort(np.diff(trials[0].train.offsets), kind="stable")
+        lengths = np.diff(trials[0].train.offsets)
+        by_length = np.argsort(lengths, kind="stable")
         median = by_length[max(0, len(by_length) - rows) // 2 :][:rows]
         longest = by_length[-config.micro_batch(job.halvings) :]
         alone, of_one = _seconds(trials, median), _peak(trials, longest, on)
@@ -45,6 +46,7 @@ def measure(config: QLoRAConfig, rows: int, job: Job) -> Measured:
             base=model.footprint(trials[0].base)[0],
             # of weights, gradient, two moments and a copy of the weights a CPU may not have given back all before
             of_trial=max(of_two - of_one, 5 * trials[0].adapter.weights.nbytes),
+            at_once=max(1, LEARNT_AT_ONCE[on.type] // (rows * int(lengths[median].max()))),
         )
     finally:
         for trial in trials:

@@ -1,7 +1,8 @@
 """How many trials should go together, from what a step of theirs was measured to take (`packed.measure`).
 
-A step of n trials takes F + c n seconds: F does not depend on how many share it, c is what each brings along. So n of
-them together are n (F + c) / (F + c n) times as fast as one after the other, 1 + F / c times at most.
+A pass of n trials through the base takes F + c n seconds: F does not depend on how many share it, c is what each brings
+along. So n of them together are n (F + c) / (F + c n) times as fast as one after the other, 1 + F / c times at most, as
+long as they go in one pass.
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ class Measured:
     """Bytes of a base."""
     of_trial: int
     """Bytes that a trial adds with the longest rows: adapter, optimiser and activations."""
+    at_once: int = MOST
+    """Trials that go through the base in one pass, at most."""
 
     def gain(self, together: int) -> float:
         """How many times as fast as one after the other so many are."""
-        return together * (self.fixed + self.each) / (self.fixed + self.each * together)
+        passes = -(-together // self.at_once)
+        return together * (self.fixed + self.each) / (self.fixed * passes + self.each * together)
 
 
 def slots(measured: Measured, bases: int, most: int) -> int:
@@ -42,6 +46,7 @@ def slots(measured: Measured, bases: int, most: int) -> int:
     """
     highest = 1 + measured.fixed / measured.each
     wanted = next((n for n in range(1, MOST) if measured.gain(n) >= SHARE * highest), MOST)
+    wanted = min(wanted, measured.at_once)  # those of a second pass share nothing with the first
     fit = (measured.room - (bases - 1) * measured.base) // max(1, measured.of_trial)
     chosen = max(1, min(wanted * bases, most, fit, MOST))
     return chosen if measured.gain(chosen // bases or 1) >= LEAST_GAIN else 1

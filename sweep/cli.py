@@ -253,7 +253,7 @@ def plan(
 
     Example: python -m sweep plan search_spaces/pricer.yaml
 
-    Exit codes: 0 it can be started, 2 wrong input.
+    Exit codes: 0 it can be started, 2 wrong input, for which `run` would start nothing.
     """
     from sweep.spec import SpecError, load
 
@@ -263,10 +263,11 @@ def plan(
         raise typer.Exit(_wrong_input(error)) from error
 
     from sweep.plan import show
+    from sweep.validation import Refused
 
     try:
         show(spec, probe=probe)
-    except (ValueError, OSError, RuntimeError) as error:  # a DataError is a ValueError; models of others raise the last
+    except (Refused, ValueError, OSError, RuntimeError) as error:  # models of others raise the last
         raise typer.Exit(_wrong_input(error)) from error
     words = ["run", str(space), *(word for value in set_ or [] for word in ("--set", value))]
     print(f"Run it with: {shlex.join(['python', '-m', 'sweep', *words])}")

@@ -5,21 +5,43 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import get_token
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from sweep import earlier
+from sweep import earlier, scoring, tracking
 from sweep import spec as specs
 from sweep.paths import SweepPaths
-from sweep.scheduler import Listener
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import PROGRAM, UPDATE, Ledger, Observation, begun_by_newer, open_journal, unknown_fields
 from sweep.validation import Refused
 
+if TYPE_CHECKING:  # it brings Ray, for which `plan` need not wait
+    from sweep.scheduler import Listener
+
 PACKAGES = (PROGRAM, "ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "wandb", "optuna")
 _NO_LEDGER = "Restore it from a backup or name the right one; to begin anew, move the directory away."
+
+
+def surroundings(spec: SweepSpec, paths: SweepPaths) -> tuple[tuple[str, scoring.Metric] | None, tracking.Tracking]:
+    """The metric, with its name, that a sweep asks for, and where its W&B runs go; nothing is started or contacted.
+
+    Refused when one of them is not there as asked for, or when there is no token for the Hub where it is to upload.
+    """
+    wanted = spec.tracking
+    try:
+        metric = None if spec.metric is None else (spec.metric, scoring.find_metric(spec.metric))
+        project = wanted.project or spec.name
+        tracked = tracking.resolve(project, wanted.entity, spec.name, wanted.mode, paths.tracking)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if spec.checkpoint.push_to and get_token() is None:
+        raise Refused(
+            "checkpoint.push_to: there is no token for the Hub; run `hf auth login`, set HF_TOKEN, or leave it out"
+        )
+    return metric, tracked
 
 
 def check_spec(spec: SweepSpec, paths: SweepPaths) -> None:
@@ -43,7 +65,7 @@ def check_spec(spec: SweepSpec, paths: SweepPaths) -> None:
 
 
 def open_ledger(
-    spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], known: Sequence[Observation], listener: Listener
+    spec: SweepSpec, paths: SweepPaths, inputs: Mapping[str, str], known: Sequence[Observation], listener: "Listener"
 ) -> Ledger:
     """The ledger of a new or a recorded sweep. `inputs` are hashes of what it is about, and a new one begins with what
     is `known`.

@@ -19,10 +19,13 @@ from rich.table import Table
 
 from sweep import earlier, scoring
 from sweep.early_stopping import survivors
+from sweep.opening import check_spec, surroundings
+from sweep.place import Place
 from sweep.progress import terminal, to_verify
 from sweep.spec import Packing, SweepSpec
 from sweep.study import Ledger, Observation, SpaceExhausted, as_trial, first_params, propose, sample
 from sweep.tracking import described
+from sweep.validation import Refused
 from trainables import data
 from trainables.config import QLoRAConfig, by_memory
 from trainables.protocol import Budget
@@ -85,9 +88,14 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
     With `probe` the lightest and the heaviest configuration are timed on this machine, which takes a minute or two, and
     hours and, with `cost.per_hour`, the cost follow. `console` is standard output unless given.
 
-    Raises `trainables.data.DataError` for data or a model that cannot be used, and ValueError for layers that the model
-    does not have, for `search.from` that cannot be used, and for trials that do not run here.
+    Raises what `run` does before it starts anything: `Refused`, or `trainables.data.DataError` for data or a model that
+    cannot be used; and ValueError for layers that the model does not have, for `search.from` that cannot be used, and
+    for trials that do not run here.
     """
+    place = Place.at(spec.directory)
+    surroundings(spec, place.paths)
+    place.pull_file(place.paths.spec)
+    check_spec(spec, place.paths)
     console = console or terminal()
 
     def say(what: str, lines: Iterable[str]) -> None:
@@ -112,12 +120,13 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             tokens = data.load(prepared.path)
             train = tokens.trained_on(spec.budget.evaluations)
             if spec.metric is not None:
-                scoring.find_metric(spec.metric)
                 data.with_answers(tokens.validation if spec.objective else tokens.test or tokens.validation)
+                if spec.objective is not None:
+                    _try_objective(spec, spec.metric, prepared.path)
             say("data", [*_data(prepared), *prepared.notes])
             say("steps", _steps(spec.budget.per_trial, configs, len(train)))
             say("trials", _trials(spec, prepared.rows["validation"]))
-            shapes = memory.shapes(spec.model)
+            shapes, on = memory.shapes(spec.model), memory.device_of(spec.resources.gpus)
             say("base", _base(memory, spec.model, configs, shapes.parameters))
             candidates = [
                 *sorted(configs, key=by_memory)[-3:],
@@ -126,19 +135,19 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             needed = {
                 name: max(
                     (
-                        (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config)))
+                        (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config), on))
                         for config in those
                     ),
                     key=lambda each: each[1].total,
                 )
                 for name, those in {"lightest": [min(configs, key=by_memory)], "heaviest": candidates}.items()
             }
-            device, _ = memory.this_device()
-            free, process = memory.free(), memory.of_a_process()
-            room = free - (RAY if memory.device().type == "cpu" else 0)
+            device, _ = memory.this_device(on)
+            free, process = memory.free(on), memory.of_a_process(on)
+            room = free - (RAY if on.type == "cpu" else 0)
 
             def fits(config: QLoRAConfig) -> bool:
-                taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config))
+                taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config), on)
                 return bool(taken.total + process <= room)
 
             if spec.resources.gpus and device == "a CPU":
@@ -174,6 +183,13 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
     say("known", notes)
     say("first", ["as long as none of them has a loss, these are tried:"])
     console.print(_configurations(spec, known))
+
+
+def _try_objective(spec: SweepSpec, metric: str, tokens: Path) -> None:
+    try:
+        scoring.try_here(metric, spec.criterion.name, tokens, spec.completions, spec.trial_timeout / 2)
+    except scoring.MetricFault as error:
+        raise Refused(str(error)) from error
 
 
 def _data(prepared: data.Prepared) -> Iterator[str]:

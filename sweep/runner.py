@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
 
 import ray
-from huggingface_hub import get_token
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.execution import class_cache
@@ -22,7 +21,7 @@ from sweep import spec as specs
 from sweep.cluster import described, fit_on, machines, ray_cluster
 from sweep.early_stopping import rungs, settle
 from sweep.lock import locked
-from sweep.opening import check_spec, note_news, open_ledger
+from sweep.opening import check_spec, note_news, open_ledger, surroundings
 from sweep.paths import SweepPaths
 from sweep.place import Place
 from sweep.preemption import Drain, draining_after, draining_on_signals
@@ -106,16 +105,11 @@ def run(
     if threading.current_thread() is not threading.main_thread():
         raise Refused("a sweep takes over SIGTERM and SIGINT, as only the main thread of a process can: call it there")
     began = time.monotonic()
-    place = Place.at(f"{spec.storage.rstrip('/')}/{spec.name}")
+    place = Place.at(spec.directory)
     listener = shielded(listener)
     paths = place.paths
     inputs = _check_inputs(spec)
-    metric = _metric(spec)
-    tracked = _tracking(spec, paths)
-    if spec.checkpoint.push_to and get_token() is None:
-        raise Refused(
-            "checkpoint.push_to: there is no token for the Hub; run `hf auth login`, set HF_TOKEN, or leave it out"
-        )
+    metric, tracked = surroundings(spec, paths)
     if isinstance(spec.packing, Packing) and spec.packing.slots > 1 and not _may_pack(place, address):
         raise Refused(
             f"packing.slots: received {spec.packing.slots}, but with {place.url} the machines of a cluster do not see"
@@ -501,13 +495,6 @@ def _check_inputs(spec: SweepSpec) -> dict[str, str]:
     return data.content_hashes(spec.data, spec.model)
 
 
-def _metric(spec: SweepSpec) -> tuple[str, scoring.Metric] | None:
-    try:
-        return None if spec.metric is None else (spec.metric, scoring.find_metric(spec.metric))
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
 def _try_objective(spec: SweepSpec, place: Place, job: Job, drain: Drain, *, alone: bool) -> None:
     """Call the metric once. `alone`: no engine has the device."""
     if spec.trainable == "toy":  # its rows have no text
@@ -533,14 +520,6 @@ def _known(spec: SweepSpec, inputs: Mapping[str, str], listener: Listener) -> li
     try:
         return earlier.gather(spec.search.from_, spec, inputs, listener.note)
     except earlier.Unusable as error:
-        raise Refused(str(error)) from error
-
-
-def _tracking(spec: SweepSpec, paths: SweepPaths) -> tracking.Tracking:
-    wanted = spec.tracking
-    try:
-        return tracking.resolve(wanted.project or spec.name, wanted.entity, spec.name, wanted.mode, paths.tracking)
-    except ValueError as error:
         raise Refused(str(error)) from error
 
 

@@ -197,7 +197,9 @@ def _in_this_process(name: str) -> Metric:
     return find_metric(name)
 
 
-def objective_of(name: str, value: str, scored: Scored, seconds: float) -> float:
+def objective_of(
+    name: str, value: str, scored: Scored, seconds: float, find: Callable[[str], Metric] = _in_this_process
+) -> float:
     """The value of this name that the metric called `name`, `package.module:function`, gives in this process.
 
     Raises MetricFault, also when it takes longer than so many seconds, its import included: it is left then, in a
@@ -205,7 +207,7 @@ def objective_of(name: str, value: str, scored: Scored, seconds: float) -> float
     """
     until = time.monotonic() + seconds
     try:
-        values = _beside(lambda: values_of(name, _in_this_process(name), scored), lambda: time.monotonic() > until)
+        values = _beside(lambda: values_of(name, find(name), scored), lambda: time.monotonic() > until)
         if values is None:
             raise ValueError(f"has not come to an end after {seconds:g} s, half of trial_timeout")
     except ValueError as error:
@@ -213,6 +215,23 @@ def objective_of(name: str, value: str, scored: Scored, seconds: float) -> float
     if value not in values:
         raise MetricFault(f"metric {name}: gave {listed(values)}, and nothing called {value} (see objective.value)")
     return values[value]
+
+
+_OF_OTHERS = "it was asked about validation rows with other rows' answers"
+
+
+def try_here(name: str, value: str, tokens: Path, rows: int, seconds: float) -> None:
+    """Have the metric judge the first validation rows, each answered with the reference of the next one, in this
+    process.
+
+    `tokens` is their directory. Raises MetricFault, as `objective_of` does.
+    """
+    answers, data = (importlib.import_module(f"trainables.{module}") for module in ("answers", "data"))
+    shifted = answers.shifted(tokens, data.load(tokens).validation, rows)
+    try:
+        objective_of(name, value, shifted, seconds, find_metric)
+    except MetricFault as error:
+        raise MetricFault(f"{error}; {_OF_OTHERS}") from error
 
 
 def try_objective(
@@ -225,7 +244,7 @@ def try_objective(
     seconds: float,
     drained: Callable[[], bool],
 ) -> None:
-    """Have the metric judge the first validation rows, each answered with the reference of the next one.
+    """Do what `try_here` does where trials do it.
 
     What it cannot do, or does not call `value`, is then known before hours of training. `tokens` is the directory's
     name, `resources` are those of a process in which trials call it (Ray's `num_cpus`, `num_gpus`); it may take so many
@@ -237,8 +256,7 @@ def try_objective(
     def task() -> None:
         here = place.paths.tokens / tokens
         place.pull_directory(here)
-        answers, data = (importlib.import_module(f"trainables.{module}") for module in ("answers", "data"))
-        objective_of(name, value, answers.shifted(here, data.load(here).validation, rows), seconds)
+        try_here(name, value, here, rows, seconds)
 
     asked = ray.remote(task).options(max_retries=0, **resources).remote()
     while not ray.wait([asked], timeout=0.2)[0]:
@@ -247,14 +265,13 @@ def try_objective(
             return
     try:
         ray.get(asked)
+    except RayTaskError as error:
+        if isinstance(error.cause, MetricFault):
+            raise error.cause from error
+        raise
     except RayError as error:
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, MetricFault):
-            raise
-        why = error.cause if isinstance(error, RayTaskError) else f"its process died ({str(error).splitlines()[0]})"
-        said = str(why).removeprefix(f"metric {name}: ")
-        raise MetricFault(
-            f"metric {name}: {said}; it was asked about validation rows with other rows' answers"
-        ) from error
+        died = f"its process died ({str(error).splitlines()[0]})"
+        raise MetricFault(f"metric {name}: {died}; {_OF_OTHERS}") from error
 
 
 def score_winner(

@@ -267,6 +267,11 @@ class SweepSpec(Section):
     """What is paid for the machine."""
 
     @property
+    def directory(self) -> str:
+        """The sweep's directory, or its URL."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
     def criterion(self) -> Criterion:
         """What trials are compared by."""
         if self.objective is None or self.metric is None:

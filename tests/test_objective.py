@@ -302,7 +302,8 @@ def test_the_objective_stays_while_a_sweep_is_under_way(space):
 def test_plan_says_how_much_is_written(space):
     space.write_text(space.read_text() + asked("closeness", "maximize") + "verify: {top: 2, seeds: 2}\n")
     console = Console(file=io.StringIO(), width=160)
-    show(load(space, ["early_stopping=false", "search.trials=2", "objective.rows=10"]), console)
+    overrides = ["early_stopping=false", "search.trials=2", "objective.rows=10", f"storage={space.parent}"]
+    show(load(space, overrides), console)
     told = console.file.getvalue()
     assert "compared by closeness, higher is better" in told
     assert "10 answers are written at each evaluation, the base's, too, about 550 in all" in told  # (1 + 2·9 + 4·9)·10

@@ -13,11 +13,13 @@ import torch
 from bitsandbytes.functional import name2qmap
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Gemma2Config, GPT2Config
+from typer.testing import CliRunner, Result
 
+from sweep import cli, opening
 from sweep import plan as plans
 from sweep.early_stopping import loses, survivors
 from sweep.plan import largest_micro_batch
-from sweep.spec import EarlyStopping, load
+from sweep.spec import EarlyStopping, dump, load
 from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_opt
 from trainables import data, memory, model
@@ -277,3 +279,62 @@ def test_a_toy_has_neither_data_nor_memory(space):
     told = plan(space, "--probe")
     assert told.returncode == 2
     assert "--probe: the steps of a toy take no time; leave it out" in told.stderr
+
+
+def planned(space: Path, *overrides: str) -> Result:
+    """In this process."""
+    options = [word for override in overrides for word in ("--set", override)]
+    return CliRunner().invoke(cli.app, ["plan", str(space), *options])
+
+
+@pytest.mark.parametrize(
+    ("of_a_toy", "overrides", "told"),
+    [
+        (False, ["budget.steps=90"], "holds a sweep with another spec:\n  budget."),
+        (False, ["tracking.mode=online"], "tracking.mode is online, but there is no key"),
+        (False, ["checkpoint.push_to=me/x"], "there is no token for the Hub"),
+        (True, ["metric=nowhere:f", "objective.direction=minimize"], "metric: nowhere:f cannot be imported"),
+    ],
+)
+def test_what_run_refuses_plan_refuses_in_the_same_words(
+    inputs, tmp_path, monkeypatch, capsys, of_a_toy, overrides, told
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(opening, "get_token", lambda: None)
+    space = tmp_path / "space.yaml"
+    space.write_text(sweeps.TOY if of_a_toy else SPEC.format(inputs=inputs))
+    recorded = tmp_path / load(space).directory
+    recorded.mkdir(parents=True)
+    (recorded / "space.yaml").write_text(dump(load(space)))
+    refused = planned(space, *overrides)
+    assert cli._outcome(load(space, overrides), "local") == refused.exit_code == 2
+    assert refused.stderr == capsys.readouterr().err
+    assert told in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_a_value_that_the_metric_does_not_give(inputs, tmp_path, monkeypatch):
+    """As `run` says it."""
+    monkeypatch.chdir(tmp_path)
+    space = tmp_path / "tiny.yaml"
+    space.write_text(SPEC.format(inputs=inputs))
+    asked = ["metric=search_spaces.pricing:errors", "objective={value: share, direction: maximize, rows: 6}"]
+    refused = planned(space, *asked)
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith(
+        "errors: gave mean absolute error, $ or share within 20 %, and nothing called share (see objective.value); it"
+        " was asked about validation rows with other rows' answers\n"
+    )
+
+
+def test_trials_that_get_no_gpu_are_planned_for_the_cpu(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda on: "an H100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda on: (80 * 10**9, 80 * 10**9))
+    space = tmp_path / "tiny.yaml"
+    space.write_text(SPEC.format(inputs=inputs))
+    assert re.search(r"memory +a CPU with .*\n.*the driver and Ray 0.5\n", planned(space).stdout)
+    assert re.search(r"memory +an H100 with 80.5 GB free", planned(space, "resources.gpus=0.5").stdout)

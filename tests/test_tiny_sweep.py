@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sweep import NoSweep, look, report, rerun_spec, runner, scoring
+from sweep import NoSweep, look, opening, report, rerun_spec, runner, scoring
 from sweep.spec import dump, load
 from sweep.study import ranking
 from tests import hub_server, nodes, sweeps
@@ -247,7 +247,7 @@ def test_bad_data_or_model_is_refused_and_the_mended_sweep_starts(inputs, tmp_pa
 
 
 def test_without_a_token_for_the_hub_nothing_starts(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "get_token", lambda: None)
+    monkeypatch.setattr(opening, "get_token", lambda: None)
     spec = load(write(tmp_path, inputs), ["checkpoint.push_to=somebody/tiny", f"storage={tmp_path}"])
     with pytest.raises(runner.Refused, match="there is no token for the Hub; run `hf auth login`"):
         runner.run(spec, address="local", listener=Mock(), again="")

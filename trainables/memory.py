@@ -105,23 +105,27 @@ def base_bytes(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, d
     return held
 
 
-def this_device() -> tuple[str, int]:
+def device_of(gpus: float) -> torch.device:
+    """That of this machine on which trials run that get so many GPUs."""
+    return device() if gpus else torch.device("cpu")
+
+
+def this_device(on: torch.device | None = None) -> tuple[str, int]:
     """Its name and all of its memory, bytes."""
-    on = device()
+    on = on or device()
     return torch.cuda.get_device_name(on) if on.type == "cuda" else "a CPU", memory_of(on)
 
 
-def free() -> int:
-    """Bytes of this device that nobody has taken."""
-    on = device()
+def free(on: torch.device) -> int:
+    """Bytes of a device that nobody has taken."""
     if on.type == "cpu":
         return int(psutil.virtual_memory().available)
     return torch.cuda.mem_get_info(on)[0] + PROCESS["cuda"]  # what this process took to ask, it gives back
 
 
-def of_a_process() -> int:
-    """Bytes that a process takes of this device besides tensors."""
-    return PROCESS[device().type]
+def of_a_process(on: torch.device) -> int:
+    """Bytes that a process takes of a device besides tensors."""
+    return PROCESS[on.type]
 
 
 def compute_dtype() -> ComputeDtype:
@@ -129,15 +133,18 @@ def compute_dtype() -> ComputeDtype:
     return "bf16" if device().type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def estimate(model: str, config: QLoRAConfig, rows: int, width: int, labels: int) -> Memory:
-    """Of a trial whose largest micro-batch has so many rows of so many tokens, with so many labels in all.
+def estimate(
+    model: str, config: QLoRAConfig, rows: int, width: int, labels: int, on: torch.device | None = None
+) -> Memory:
+    """Of a trial whose largest micro-batch has so many rows of so many tokens, with so many labels in all, on this
+    device unless another one is given.
 
     Raises ValueError when `target_modules` name no layer of the model.
     """
     found = shapes(model)
     adapted = targets(found.layers, model, config.target_modules)
-    dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype)
-    kept = _kept(model, config.compute_dtype, config.r, tuple(adapted), rows, width, labels)
+    dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype, on or device())
+    kept = _kept(model, dtype, of_products, config.r, tuple(adapted), rows, width, labels)
     layer = max(
         of_products.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
         for _, inputs, outputs in found.layers.values()
@@ -173,10 +180,16 @@ def trained_bytes(model: str, config: QLoRAConfig) -> int:
 
 @cache
 def _kept(
-    model: str, compute_dtype: ComputeDtype, r: int, adapted: tuple[int, ...], rows: int, width: int, labels: int
+    model: str,
+    dtype: torch.dtype,
+    of_products: torch.dtype,
+    r: int,
+    adapted: tuple[int, ...],
+    rows: int,
+    width: int,
+    labels: int,
 ) -> int:
     """Bytes that autograd keeps of a forward pass of one micro-batch, the weights of the model left aside."""
-    dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
     found = fusible(_on("meta", model, dtype)[0])  # which takes numbers
     with FakeTensorMode():
         skeleton, linear = _on("cpu", model, dtype)

@@ -84,7 +84,7 @@ def check_compute_dtype(compute_dtype: ComputeDtype) -> None:
 def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double_quant: bool) -> Base:
     check_device()
     check_compute_dtype(compute_dtype)
-    dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype)
+    dtype, of_products = DTYPES[compute_dtype], product_dtype(compute_dtype, device())
     if of_products != dtype:
         multiply_bf16_in_fp32()
     elif dtype == torch.bfloat16 and device().type == "cpu":
@@ -121,10 +121,9 @@ def _load(model: str, quant_type: QuantType, compute_dtype: ComputeDtype, double
     return Base(loaded, of_products, notes)
 
 
-def product_dtype(compute_dtype: ComputeDtype) -> torch.dtype:
-    """In which products are taken on this device, see `multiply_bf16_in_fp32`."""
-    on_cpu = device().type == "cpu"
-    slow = compute_dtype == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def product_dtype(compute_dtype: ComputeDtype, on: torch.device) -> torch.dtype:
+    """In which products are taken on a device, see `multiply_bf16_in_fp32`."""
+    slow = compute_dtype == "bf16" and on.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.float32 if slow else DTYPES[compute_dtype]
 
 

@@ -35,7 +35,7 @@ def main() -> None:
 
     screen = console()
     status.show(screen, found)
-    picture(screen, f"python -m sweep status {status.shown(found.place)}", DOCS / "status.png")
+    picture(screen, f"python -m sweep status {found.place.shown}", DOCS / "status.png")
     live(found)
 
 

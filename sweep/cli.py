@@ -133,7 +133,7 @@ def _run(spec: "SweepSpec", address: str) -> NoReturn:
 
 def _outcome(spec: "SweepSpec", address: str) -> int:
     """Run a sweep and tell how it ended; the exit code."""
-    from sweep import opening, report, requests, runner, verification
+    from sweep import opening, report, requests, runner, status, verification
     from sweep.progress import terminal
     from sweep.validation import Refused, counted
     from trainables.data import DataError
@@ -158,11 +158,6 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
             with suppress(OSError):  # where standard error goes the same way
                 print(farewell, file=sys.stderr)
         return EXIT_PREEMPTED
-    root = outcome.place.url if outcome.place.is_remote else os.path.relpath(outcome.place.url)
-
-    def command(verb: str) -> str:
-        return shlex.join(["python", "-m", "sweep", verb, root])
-
     report.show(console, outcome.ledger, spec.space.searched, outcome.seconds, spec.cost.per_hour)
     _report_at_the_end(outcome, spec, console)
     if outcome.winner is not None:
@@ -172,28 +167,23 @@ def _outcome(spec: "SweepSpec", address: str) -> int:
         one = outcome.kept_offline == 1
         console.print(
             f"{counted(outcome.kept_offline, 'W&B run')} {'is' if one else 'are'} kept offline;"
-            f" upload {'it' if one else 'them'} with: {command('sync')}",
+            f" upload {'it' if one else 'them'} with: {outcome.place.command('sync')}",
             highlight=False,
             soft_wrap=True,
         )
-        console.print(f"Then lay them out in W&B with: {command('workspace')}", highlight=False, soft_wrap=True)
-    home = verification.advice(verification.result(outcome.ledger), outcome.ledger.criterion, outcome.place)
-    if outcome.winner is not None and outcome.cause is None and spec.model is not None and not home:
-        home = [f"Take the winner home with: {command('export')}"]
-    for line in home:
-        console.print(line, highlight=False, soft_wrap=True)
+        lay_out = outcome.place.command("workspace")
+        console.print(f"Then lay them out in W&B with: {lay_out}", highlight=False, soft_wrap=True)
+    nothing = outcome.winner is None and not report.any_finished(outcome.ledger.entries())
+    if outcome.cause is None and (outcome.winner is not None or nothing):
+        for line in status.onward(outcome.ledger, spec, outcome.place):
+            console.print(line, highlight=False, soft_wrap=True)
     if outcome.exhausted:
         console.print(f"The search ended early: {outcome.exhausted}.", highlight=False)
     for line in requests.not_tried(outcome.ledger, spec.space, spec.search.trials):
         console.print(line, highlight=False, soft_wrap=True)
     if outcome.cause:
         console.print(f"{outcome.reason}. The same command goes on: {again}", highlight=False, soft_wrap=True)
-    nothing = outcome.winner is None and not report.any_finished(outcome.ledger.entries())
-    if outcome.cause == "breakdown" or nothing:
-        if outcome.cause is None:
-            console.print(f"No trial finished. What they left is in {outcome.place.url}", highlight=False)
-        return EXIT_FAILED
-    return 0
+    return EXIT_FAILED if outcome.cause == "breakdown" or nothing else 0
 
 
 def _report_at_the_end(outcome: "Outcome", spec: "SweepSpec", console: "Console") -> None:
@@ -293,6 +283,7 @@ def sync(
     """
     from sweep.place import Place
     from sweep.sync import upload
+    from sweep.tracking import UNTRACKED
     from sweep.validation import Refused
 
     place = Place.at(sweep)
@@ -303,12 +294,14 @@ def sync(
     for reason in dict.fromkeys(outcome.failed.values()):
         runs = [run for run, why in outcome.failed.items() if why == reason]
         print(f"{', '.join(runs) if len(runs) < 4 else f'{len(runs)} runs'}: {reason}", file=sys.stderr)
+    if not outcome.runs:
+        print(f"{sweep} has no W&B runs on this machine: no trial has begun, or {UNTRACKED}.")
+        return
     complete = outcome.runs - len(outcome.failed)
     print(f"W&B has {complete} of {outcome.runs} runs of {sweep}, {len(outcome.sent)} of them sent now.")
     if outcome.failed:
         raise typer.Exit(EXIT_FAILED)
-    if outcome.runs:
-        print(f"Lay them out in W&B with: {place.command('workspace')}")
+    print(f"Lay them out in W&B with: {place.command('workspace')}")
 
 
 @app.command()
@@ -350,12 +343,15 @@ def report(sweep: SweepDirectory, ledger: LedgerUrl = None) -> None:
     from sweep import status as statuses
 
     try:
-        print(f"{page.write(statuses.look(sweep, ledger))} is written; open it in a browser.")
+        found = statuses.look(sweep, ledger)
+        print(f"{page.write(found)} is written; open it in a browser.")
     except statuses.NoSweep as error:
         raise typer.Exit(_wrong_input(error)) from error
     except OSError as error:  # a directory of somebody else, a full disk, a store that does not answer
         print(f"{sweep}: report.html cannot be written: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
+    for line in statuses.onward(found.ledger, found.spec, found.place) if found.is_done else []:
+        print(line)
 
 
 @app.command()
@@ -474,11 +470,17 @@ def export(
     Example: python -m sweep export sweeps/pricer --merge
 
     Exit codes: 0 done, 1 the machine or the Hub did not do it,
-    2 wrong input: no sweep there, no checkpoint of that trial.
+    2 wrong input: no sweep there, no checkpoint of that trial, a name that the Hub does not allow.
     """
     from sweep import export as exports
     from sweep import status as statuses
+    from sweep.spec import repository
 
+    try:
+        if push_to is not None:
+            repository(push_to)
+    except ValueError as error:
+        raise typer.Exit(_wrong_input(f"--push-to {push_to}: {error}")) from error
     try:
         found = statuses.look(sweep, ledger)
         home = exports.take_home(found, trial, merge=merge, public=push_to is not None)
@@ -488,14 +490,17 @@ def export(
         print(f"{sweep}: nothing was exported: {type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
     where = f"{home.directory} has trial {home.trial} as it was after step {home.step}"
-    print(f"{where}: {home.result}. Its README.md says how to load it.")
+    print(f"{where}: {home.result}. How to load it: cat {shlex.quote(f'{home.directory}/README.md')}")
     if found.newer:
         print(found.newer, file=sys.stderr)
     if push_to is not None:
         try:
             print(f"Uploaded to {exports.push(home.directory, push_to)}")
         except OSError as error:
-            print(f"--push-to {push_to}: {error}; {home.directory} is complete, upload it later", file=sys.stderr)
+            again = shlex.join(["hf", "upload", push_to, str(home.directory), "--private"])
+            print(
+                f"--push-to {push_to}: {error}; {home.directory} is complete, upload it with: {again}", file=sys.stderr
+            )
             raise typer.Exit(EXIT_FAILED) from error
 
 

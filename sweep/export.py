@@ -162,7 +162,8 @@ def export_merged(
 def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, public: bool = False) -> Home:
     """Put the best checkpoint of a trial, or of the sweep, into a new directory here: its adapter, or the merged model.
 
-    With `public` no file names a path of this machine. Raises `NotKept`, and what `merging.merge` does.
+    With `public` no file names a path of this machine. Raises `NotKept`, and what `data.prepare`, where tokens are to
+    be made again, and `merging.merge` do.
     """
     model, place = sweep.spec.model, sweep.place
     if model is None:
@@ -171,10 +172,13 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     to = Path(f"{sweep.spec.name}-{entry.number:03d}{'-merged' if merge else ''}")
     if to.exists() or to.is_symlink():
         raise NotKept(f"{to} is there already; move it away, or export in another directory")
-    tokens = tokenised(place)
-    if tokens is None:
-        raise NotKept(f"{place.url}: its tokens are not on this machine; export it where it ran")
-    if merge and data.model_hash(model) != sweep.ledger.noted("inputs")["model"]:
+    tokens, inputs = tokenised(place), sweep.ledger.noted("inputs")
+    if tokens is None:  # they were deleted, or the sweep ran on other machines
+        assert sweep.spec.data is not None
+        if data.content_hashes(sweep.spec.data, model) != inputs:
+            raise NotKept(f"{place.url}: its tokens are gone, and model or data are not what they were; restore those")
+        tokens = data.prepare(sweep.spec.data, model, place.paths.tokens).path
+    if merge and data.model_hash(model) != inputs["model"]:
         raise NotKept(f"{model} is not what the sweep trained on; restore that, or do not merge")
     named = without_path(model) if public else model
     result = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
@@ -203,9 +207,11 @@ def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[
         kept = [entry.number for entry in entries if checkpoint.best(place.paths.trial(entry.number))]
         what = "no trial" if number is None else f"trial {number} no longer"
         why = f" ({'; '.join(complaints)})" if complaints else ""
+        once_more = (ranking(wanted) or wanted)[:1]
+        again = [f"; train it again: {place.command('rerun', '--trial', str(each.number))}" for each in once_more]
         raise NotKept(
             f"{place.url}: {what} has an intact checkpoint of an evaluation{why}; of trials that have ended the best"
-            f" `checkpoint.keep` have theirs, here {', '.join(map(str, kept)) or 'none'}"
+            f" `checkpoint.keep` have theirs, here {', '.join(map(str, kept)) or 'none'}{''.join(again)}"
         )
     return found
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import filelock
 
 from sweep.paths import LOCK_SECONDS
-from sweep.place import PULSE_SECONDS, Place
+from sweep.place import PULSE_SECONDS, Place, driver_named
 from sweep.preemption import Drain
 from sweep.scheduler import Listener
 from sweep.trainable import Lease
@@ -112,7 +112,7 @@ def _pulse(lease: Lease, drain: Drain, listener: Listener) -> Iterator[None]:
 
 
 def _in_use(place: Place) -> Refused:
-    holder = place.text(place.paths.lock_holder) or "another process"
+    holder = driver_named(place.text(place.paths.lock_holder))
     look, pause = place.command("status"), place.command("pause")
     return Refused(
         f"{place.url} is in use by {holder}; wait for it ({look} says how long), end it ({pause}), or give this sweep"

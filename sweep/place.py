@@ -7,6 +7,7 @@ whole or not at all. On a file system there is one copy and nothing to do.
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import threading
@@ -29,6 +30,11 @@ PULSE_SECONDS = 5.0
 
 LAST = {MANIFEST, SUMMARY}
 """Files that are written last, and say that the directory is whole."""
+
+
+def driver_named(holder: str | None) -> str:
+    """A driver as people are told of it. What tells drivers apart has microseconds, too."""
+    return re.sub(r"\.\d+ UTC$", " UTC", holder or "another process")
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,23 @@ class Place:
         """The directory, or this machine's copy of it."""
         return SweepPaths(_copy_of(self.url) if self.is_remote else Path(self.url), self.verification)
 
+    @property
+    def shown(self) -> str:
+        """Its URL, or a path from the working directory when it lies below."""
+        here = Path.cwd()
+        below = not self.is_remote and Path(self.url).is_relative_to(here)
+        return str(Path(self.url).relative_to(here)) if below else self.url
+
     def command(self, verb: str, *words: str) -> str:
         """What is typed to have a verb done to the sweep that is here, ready to be pasted into a shell."""
-        return shlex.join(["python", "-m", "sweep", verb, self.url, *words])
+        return shlex.join(["python", "-m", "sweep", verb, self.shown, *words])
+
+    def no_sweep(self, why: str = "") -> str:
+        """That there is none, and what to do."""
+        return (
+            f"{self.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer, or"
+            " begin one: python -m sweep run space.yaml"
+        )
 
     def push(self, path: Path, confirm: Callable[[], object] = lambda: None) -> None:
         """Send a file, or a directory with all that is in it, the one last that says that it is whole.

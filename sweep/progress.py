@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -44,6 +45,8 @@ def terminal() -> Console:
 BARS = "▁▂▃▄▅▆▇█"
 ENDED_SHOWN = 12
 """Rows of ended trials, the best of them, where no height says how many."""
+UNFINISHED = "unfinished"
+"""A trial that runs by the ledger, and does not."""
 CONFIGURATION = "configuration"
 LEAST_WIDTH = 20
 """Of the column of configurations, as long as there are others to be left out."""
@@ -192,7 +195,8 @@ class Progress:
         loads = [row.gpu_load for row in rows.values() if row.gpu_load is not None]
         memory = max((row.peak_memory for row in rows.values()), default=0)
         load = machine(memory, sum(loads) / len(loads) if loads else None)
-        lines = [one_line(line) for line in [*verdict(entries if self._search is None else self._search), *load]]
+        told = verdict(entries if self._search is None else self._search)
+        lines = [one_line(line) for line in [tally(entries), *told, *load]]
         left = ahead.whole.of_trial if self._search is None else ahead.of_verification
 
         def frame(most: int) -> Group:
@@ -297,12 +301,12 @@ def overview(
 
     def cells(entry: Entry) -> dict[str, str]:
         runs = entry.state is TrialState.RUNNING
-        newest = entry.objectives.get(entry.reported)
+        newest = entry.objectives[entry.reported] if entry.reported > 0 else None  # that of 0 is the base's
         speed = speeds.get(entry.number) or (entry.cost.tokens / entry.cost.seconds if entry.cost.seconds else 0.0)
         return {
             "trial": f"{entry.number:03d}",
             CONFIGURATION: described(entry.config, searched),
-            "state": "unfinished" if runs and not alive else STATES[entry.state],
+            "state": _state(entry, alive),
             "eval.": f"{max(entry.reported, 0)}/{evaluations}",
             values: sparkline(curves[entry.number], scale),
             "newest": "" if newest is None else entry.criterion.text(newest),
@@ -333,6 +337,16 @@ def overview(
     left_out["ended trial"] = len(entries) - len(shown) - left_out["running trial"]
     more = " and ".join(counted(number, what) for what, number in left_out.items() if number)
     return Group(drawn(headings), *([one_line(f"and {more} more")] if more else []))
+
+
+def tally(entries: Sequence[Entry], *, alive: bool = True) -> str:
+    """How many trials are in which state, such as `2 running, 3 complete, 4 stopped, 1 failed`."""
+    states = Counter(_state(entry, alive) for entry in entries)
+    return ", ".join(f"{states[state]} {state}" for state in (UNFINISHED, *STATES.values()) if states[state])
+
+
+def _state(entry: Entry, alive: bool) -> str:
+    return STATES[entry.state] if alive or entry.state is not TrialState.RUNNING else UNFINISHED
 
 
 def machine(memory: int, gpu_load: float | None) -> list[str]:

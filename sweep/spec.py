@@ -77,10 +77,15 @@ def _store(text: str) -> str:
     return text
 
 
-def _repository(text: str) -> str:
-    if not HUB_ID.fullmatch(text):
-        raise ValueError("should be a repository of the Hub, such as you/pricer")
-    return text
+def repository(name: str) -> str:
+    """A name that the Hub allows for a repository. Raises ValueError."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError("should be a repository of the Hub, such as you/pricer") from error
+    return name
 
 
 def _whole_above_one(gpus: float) -> float:
@@ -207,7 +212,7 @@ class CheckpointPolicy(Section):
     """Minutes between two checkpoints of a trial, besides those of its best evaluations."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Best ended trials whose checkpoints are kept."""
-    push_to: Annotated[str, AfterValidator(_repository)] | None = None
+    push_to: Annotated[str, AfterValidator(repository)] | None = None
     """Repository of the Hub that gets the best adapter whenever there is a better one, made private if new."""
 
 

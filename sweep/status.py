@@ -16,8 +16,8 @@ from rich.console import Console
 from sweep import report, scoring, verification
 from sweep import spec as specs
 from sweep.forecast import duration
-from sweep.place import Place
-from sweep.progress import Outlook, machine, outlook, overview, seeded, to_verify, verification_heading
+from sweep.place import Place, driver_named
+from sweep.progress import Outlook, machine, outlook, overview, seeded, tally, to_verify, verification_heading
 from sweep.requests import COMMAND, Request, not_tried, waiting
 from sweep.spec import SpecError, SweepSpec
 from sweep.study import (
@@ -139,9 +139,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
             told = f"its space.yaml cannot be read: {error}; if a newer version of {PROGRAM} wrote it, {UPDATE}"
             raise NoSweep(f"{place.url}: {told}") from error
         why = f" ({error})" if place.is_remote else ""
-        raise NoSweep(
-            f"{place.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer"
-        ) from error
+        raise NoSweep(place.no_sweep(why)) from error
     url = ledger or recorded.ledger
     if url and "***" in url:
         raise NoSweep(f"{place.url}: its ledger is {url}; give the URL with its password: --ledger URL")
@@ -158,7 +156,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
             ) from error
     unknown += [f"{field} of the trials" for field in unknown_fields(entries)]
     try:
-        driver = (place.text(paths.lock_holder) or "another process") if _is_driven(place) else None
+        driver = driver_named(place.text(paths.lock_holder)) if _is_driven(place) else None
         asked = waiting(place)
     except OSError as error:  # a directory of somebody else, a store that does not answer
         driver, asked = f"a process or not, which cannot be seen ({error})", []
@@ -174,6 +172,17 @@ def read(place: Place, name: str, url: str | None) -> Ledger:
         raise NoSweep(told) from error
     except Exception as error:  # whatever a database's driver raises
         raise NoSweep(f"{place.url}: the ledger cannot be read: {error}") from error
+
+
+def onward(ledger: Ledger, spec: SweepSpec, place: Place) -> list[str]:
+    """What comes after a sweep that has ended, a line with its command; nothing after that of a toy with a winner."""
+    entries = ledger.entries()
+    if better := verification.advice(verification.result(ledger), ledger.criterion, place):
+        return better
+    if any(entry.best or entry.unscored for entry in entries):
+        return [f"Take the winner home with: {place.command('export')}"] if spec.model else []
+    again = [place.command("rerun", "--trial", str(entry.number)) for entry in entries[:1]]
+    return [f"No trial finished; train one of them again with: {command}" for command in again]
 
 
 def rerun_spec(
@@ -281,11 +290,12 @@ def show(console: Console, status: Status) -> None:
     spec, entries = status.spec, status.entries
     searched, evaluations = spec.space.searched, spec.budget.evaluations
     who = f"running in {status.driver}" if status.driver else "not running"
-    console.print(f"Sweep {spec.name} in {shown(status.place)}, {who}", highlight=False, soft_wrap=True)
+    console.print(f"Sweep {spec.name} in {status.place.shown}, {who}", highlight=False, soft_wrap=True)
     if newer := status.newer:
         console.print(newer, highlight=False, soft_wrap=True)
     ahead, alive = status.outlook, status.driver is not None
     if entries:
+        console.print(f"{ahead.whole.share:.0%}: {tally(entries, alive=alive)}", highlight=False)
         console.print(overview(console, entries, searched, evaluations, {}, ahead.whole.of_trial, alive=alive))
     for line in report.failures(entries):
         console.print(line, highlight=False, soft_wrap=True)
@@ -295,21 +305,28 @@ def show(console: Console, status: Status) -> None:
     for line in report.failures(fresh):
         console.print(f"verification, {line}", highlight=False, soft_wrap=True)
     machines = machine(status.memory, status.gpu_load)
-    advice = verification.advice(verification.result(status.ledger), status.ledger.criterion, status.place)
     bill = report.bill(status.ledger, spec.cost.per_hour)
-    for line in [*report.conclusion(status.ledger), *advice, *scoring.trouble(status.ledger), *machines, *bill]:
+    for line in [*report.conclusion(status.ledger), *scoring.trouble(status.ledger), *machines, *bill]:
         console.print(line, highlight=False, soft_wrap=True)
     seconds, to_verify_yet = ahead.whole.seconds, status.verifications - sum(e.state.is_finished() for e in fresh)
     left = f", about {duration(seconds)} left{'' if alive else ', once it goes on'}" if seconds else ""
     console.print(f"{report.standing(entries, status.trials, to_verify_yet)}{left}.", highlight=False)
     if exhausted := status.ledger.noted(EXHAUSTED):
         console.print(f"The search ended early: {exhausted}.", highlight=False)
-    if status.command and not alive and not status.is_done:
-        console.print(f"It goes on with: {status.command}", highlight=False, soft_wrap=True)
     for line in not_tried(status.ledger, spec.space, spec.search.trials):
         console.print(line, highlight=False, soft_wrap=True)
     for request in status.waiting:
         console.print(f"Asked for, and not done yet: {request}", highlight=False)
+    for line in [] if alive else _next(status):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _next(status: Status) -> list[str]:
+    """What comes after a sweep that is not running, a line with its command."""
+    if status.waiting or not status.is_done:
+        return [f"It goes on with: {status.command}"] if status.command else []
+    onwards = onward(status.ledger, status.spec, status.place)
+    return onwards or [f"See what it found with: {status.place.command('report')}"]
 
 
 def as_json(status: Status) -> dict[str, Any]:
@@ -397,10 +414,3 @@ def _loss(entry: Entry) -> float | None:
 
 def _value(entry: Entry) -> float | None:
     return entry.best and entry.criterion.turned(entry.best[1])
-
-
-def shown(place: Place) -> str:
-    """Its URL, or a path from here when it lies below."""
-    here = Path.cwd()
-    below = not place.is_remote and Path(place.url).is_relative_to(here)
-    return str(Path(place.url).relative_to(here)) if below else place.url

@@ -29,7 +29,7 @@ import filelock
 
 from sweep import tracking
 from sweep.paths import LOCK_SECONDS, SweepPaths
-from sweep.place import Place
+from sweep.place import Place, driver_named
 from sweep.tracking import End, Row, Tracking
 from sweep.validation import Refused
 
@@ -121,18 +121,13 @@ def upload(place: Place) -> Outcome:
     if not paths.spec.exists() and place.is_remote:
         raise Refused(f"this machine has no part of {place.url}; run that sweep here once more: it then has all of it")
     if not paths.spec.exists():
-        raise Refused(
-            f"{place.url} holds no sweep; name the directory of one, which has a space.yaml, like sweeps/pricer"
-        )
+        raise Refused(place.no_sweep())
     try:
         driven = place.is_driven()
     except (OSError, ValueError) as error:  # pyarrow raises both
         raise Refused(f"{place.url} does not say whether its sweep is running: {error}") from error
     if driven:
-        raise Refused(
-            f"{place.url} is in use by {place.text(paths.lock_holder)}: what is being written cannot be uploaded;"
-            " wait until it has ended"
-        )
+        raise _in_use(place.url, place.text(paths.lock_holder))
     with _locked(paths):
         ids = tracking.run_ids(str(paths.tracking))
         files = {run_id: tracking.fragments(str(paths.tracking), run_id) for run_id in ids}
@@ -202,10 +197,7 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        holder = paths.lock_holder.read_text() if paths.lock_holder.exists() else "another process"
-        raise Refused(
-            f"{paths.root} is in use by {holder}: what is being written cannot be uploaded; wait until it has ended"
-        ) from error
+        raise _in_use(paths.root, paths.lock_holder.read_text() if paths.lock_holder.exists() else None) from error
     except OSError as error:
         raise Refused(f"cannot write to {paths.root} ({error.strerror}), which marks what W&B has") from error
     try:
@@ -214,6 +206,11 @@ def _locked(paths: SweepPaths) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _in_use(where: str | Path, holder: str | None) -> Refused:
+    who = f"{where} is in use by {driver_named(holder)}"
+    return Refused(f"{who}: what is being written cannot be uploaded; wait until it has ended")
 
 
 def _read(files: Sequence[Path]) -> list[_Fragment]:

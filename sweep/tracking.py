@@ -48,6 +48,8 @@ RETRY_SECONDS = 60.0
 
 ROWS, RECORDED = "rows.jsonl", "rows.recorded"
 """Files in a trial's directory: its rows, and the mark that wandb has written the run's end, with the mode."""
+UNTRACKED = "tracking.mode is disabled; with --set tracking.mode=auto the trials to come are tracked"
+"""Why W&B has nothing of a sweep, and what to do."""
 STEP, EVALUATION = "train/global_step", "eval/evaluation"
 """Names in the rows; every row has the first, those of an evaluation the second."""
 

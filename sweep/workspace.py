@@ -51,11 +51,14 @@ class View:
 def make_for(found: Status) -> View:
     """The view of a sweep that may be running, or not; raises what `make` does.
 
-    Refused, too, when all runs that this machine has are kept offline: the project would not have one of them.
+    Refused, too, when nothing was tracked, or all runs that this machine has are kept offline: the project would not
+    have one of them.
     """
     directory, spec = str(found.place.paths.tracking), found.spec
-    kept = tracking.kept_offline(directory)
-    if kept and kept == len(tracking.run_ids(directory)):
+    kept, runs = tracking.kept_offline(directory), len(tracking.run_ids(directory))
+    if spec.tracking.mode == "disabled" and not runs:
+        raise Refused(f"W&B has nothing of {found.place.url}: its {tracking.UNTRACKED}")
+    if kept and kept == runs:
         raise Refused(f"W&B has none of its runs ({kept}) yet; upload them first: {found.place.command('sync')}")
     project = spec.tracking.project or spec.name
     sweep_id, criterion = found.ledger.noted("sweep_id"), found.ledger.criterion

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from typer.testing import CliRunner
 
-from sweep import export, runner
+from sweep import cli, export, runner
 from sweep.place import Place
 from sweep.study import Ledger
 from tests.hub_server import serve
@@ -227,5 +228,16 @@ def test_where_all_failed_nothing_is_kept_and_that_is_said(sweep):
     with pytest.raises(export.NotKept, match=f"trial 1 {why}"):
         export.chosen(place, sweep.ledger.entries(), 1)
     add_trial(sweep.ledger)
-    with pytest.raises(export.NotKept, match="no trial has an intact checkpoint of an evaluation"):
+    with pytest.raises(export.NotKept, match=r"no trial has an intact checkpoint of an evaluation.* here none$"):
         export.chosen(place, sweep.ledger.entries(), None)
+    sweep.ledger.report(add_trial(sweep.ledger), 1, 1.5)  # its checkpoint is gone
+    for asked in (None, 3):
+        with pytest.raises(export.NotKept, match=r"none; train it again: python -m sweep rerun \S+ --trial 3$"):
+            export.chosen(place, sweep.ledger.entries(), asked)
+
+
+def test_a_name_that_the_hub_does_not_allow_is_found_first(tmp_path):
+    for name in ("a b", "me/x--y", "me/x/y"):
+        told = CliRunner().invoke(cli.app, ["export", str(tmp_path / "nowhere"), "--push-to", name])
+        assert told.exit_code == 2
+        assert told.stderr == f"--push-to {name}: should be a repository of the Hub, such as you/pricer\n"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live_render import LiveRender
 
 from sweep import verification
-from sweep.progress import Progress, to_verify
+from sweep.progress import Progress, overview, to_verify
 from sweep.spec import Verify
 from tests.ledgers import add_trial, memory_ledger
 from trainables.protocol import Cost, Evaluation, Slice, Step
@@ -78,10 +78,19 @@ def test_live_table(width):
     for cell in ("r32 lr1.0e-03", "1/2", "0.5000", "150", "10 min"):
         assert cell in row
     assert "━ 40%, 1 of 3 trials done in 0 s, time left 30 min" in plain(shown)  # 1 + 2 evaluations of 10 min
+    assert "\n1 running, 1 stopped" in plain(shown)
     assert "winner                0.5000" in plain(shown)
     assert "memory of the largest process 2.0 GB" in plain(shown)
     assert "GPU" not in shown
     assert "started" not in shown  # the table stands for the lines
+
+
+def test_the_loss_of_the_base_is_no_loss_of_the_trial():
+    ledger, screen = memory_ledger(), Console(file=io.StringIO(), width=120)
+    for evaluation, shown in ((0, False), (1, True)):
+        ledger.report(0 if evaluation else add_trial(ledger), evaluation, 3.0372)
+        screen.print(overview(screen, ledger.entries(), ("r",), 9, {}, {}))
+        assert ("3.0372" in screen.file.getvalue()) == shown
 
 
 SEARCHED = ("r", "quant_type", "compute_dtype", "learning_rate", "warmup_ratio", "alpha")
@@ -179,5 +188,6 @@ def test_the_verification_counts_before_it_begins_and_while_it_runs():
     train(add_trial(ledger, r=8), 1)
     lines = seen(progress)
     assert "58%, 1 of 4 trials of the verification done in 0 s, time left 50 s" in lines[0]
-    assert lines[1].startswith("usual default         2.0000  (trial 000)")  # of the search
+    assert lines[1] == "1 running, 1 complete"
+    assert lines[2].startswith("usual default         2.0000  (trial 000)")  # of the search
     assert "s1 r8 " in "\n".join(lines)

@@ -174,7 +174,8 @@ def test_diverged_trials_fail_and_a_sweep_of_nothing_else_exits_with_1(space):
     for entry in sweeps.entries(space):
         assert entry.state is TrialState.FAIL
         assert entry.reason == "training loss is nan at step 1"
-    assert "No trial finished" in done.stdout
+    again = "python -m sweep rerun sweeps/toy --trial 0"
+    assert done.stdout.endswith(f"No trial finished; train one of them again with: {again}\n")
 
 
 def test_trials_side_by_side(space):

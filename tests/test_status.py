@@ -17,7 +17,7 @@ from sweep.earlier import Unusable, gather
 from sweep.opening import check_spec, open_ledger
 from sweep.place import Place
 from sweep.progress import sparkline
-from sweep.requests import COMMAND
+from sweep.requests import COMMAND, Request
 from sweep.spec import load
 from sweep.status import NoSweep, Status, as_json, look, rerun_spec, show
 from sweep.study import open_journal
@@ -47,11 +47,14 @@ def test_while_it_runs_and_when_it_has_ended(space):
     assert process.returncode == 0, output
     for shown in seen:
         assert shown.exit_code == 0, shown.stderr
-        assert re.search(rf"^Sweep toy in .*, running in process {process.pid} on ", shown.stdout)
+        driver = rf"process {process.pid} on .* since [\d-]+ [\d:]+ UTC"
+        assert re.search(rf"^Sweep toy in .*, running in {driver}\n", shown.stdout)
 
     told = status(directory)
     assert told.stdout.startswith(f"Sweep toy in {directory}, not running\n")
+    assert "\n100%: 12 complete\n" in told.stdout
     assert "12 of 12 trials are done" in told.stdout
+    assert told.stdout.endswith(f"See what it found with: python -m sweep report {directory}\n")
     told = json.loads(status(directory, "--json").stdout)
     entries = sweeps.entries(space)
     assert (told["driver"], told["asked_for"], told["evaluations"]) == (None, 12, 9)
@@ -77,9 +80,11 @@ def test_what_is_left(space):
     assert (told["seconds_left"], told["trials"][0]["seconds_left"], told["share_done"]) == (16.0, 16.0, 1 / 9)
     assert (told["gpu_load"], told["peak_memory"]) == (0.5, 3 * 10**9)
     show(Console(file=out, width=120), found)
+    assert "11%: 1 running\n" in out.getvalue()
     assert "about 16 s left." in out.getvalue()
     assert "GPU memory of the largest process 3.0 GB, GPUs compute 50% of the time" in out.getvalue()
     show(Console(file=out, width=120), replace(found, driver=None))
+    assert "11%: 1 unfinished\n" in out.getvalue()
     assert "about 16 s left, once it goes on." in out.getvalue()
 
 
@@ -113,6 +118,8 @@ def test_what_ended_a_sweep_and_what_goes_on_with_it(space):
     ledger.complete(number)
     over = replace(dead, entries=ledger.entries())
     assert "It goes on with" not in shown(over)
+    assert "\n100%: 1 complete, 1 failed\n" in shown(over)
+    assert "It goes on with" in shown(replace(over, waiting=[Request("1-a", "stop", trial=0)]))
     asked = replace(over, spec=load(space, ["search.trials=2", "verify={top: 1, seeds: 2}"]))
     assert "It goes on with" not in shown(asked)  # there is no winner
     ledger.report(add_trial(ledger), 1, 1.5)
@@ -122,6 +129,23 @@ def test_what_ended_a_sweep_and_what_goes_on_with_it(space):
         "3 of 2 trials are done, the best loss so far is 1.5000 (trial 002), 2 runs of the verification left.",
         "It goes on with: python -m sweep run 'my toy.yaml'",
     ]
+
+
+def test_what_comes_after_a_sweep(space):
+    ledger = memory_ledger()
+    spec = load(space, ["search.trials=1"])
+    trained = spec.model_copy(update={"model": "llama"})
+
+    def last_line(asked):
+        return shown(Status(Place("/sweeps/toy"), asked, ledger, ledger.entries(), None)).splitlines()[-1]
+
+    ledger.fail(add_trial(ledger), "training loss is nan at step 1")
+    again = "No trial finished; train one of them again with: python -m sweep rerun /sweeps/toy --trial 0"
+    assert last_line(spec) == last_line(trained) == again
+    ledger.report(add_trial(ledger), 1, 1.5)
+    ledger.complete(1)
+    assert last_line(trained) == "Take the winner home with: python -m sweep export /sweeps/toy"
+    assert last_line(spec) == "See what it found with: python -m sweep report /sweeps/toy"
 
 
 def test_the_verification_is_a_part_of_the_sweep(space):
@@ -188,7 +212,7 @@ def test_a_killed_sweep_is_unfinished(space):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda sweep: shutil.rmtree(sweep), "holds no sweep; name the directory of one"),
+        (lambda sweep: shutil.rmtree(sweep), "or begin one: python -m sweep run space.yaml"),
         (lambda sweep: (sweep / "space.yaml").unlink(), "holds no sweep; name the directory of one"),
         (lambda sweep: shutil.rmtree(sweep) or sweep.write_text("name: toy"), "toy is a file; name the directory of a"),
         (lambda sweep: (sweep / "space.yaml").write_text("name: [toy"), "its space.yaml cannot be read"),

@@ -431,7 +431,10 @@ def test_wrong_directories(sweep: Path, server: WandbServer, tmp_path: Path) -> 
         assert refused.stderr.startswith(f"{wrong} holds no sweep; ")
     nothing = run(sweep)
     assert (nothing.exit_code, nothing.stderr) == (0, "")
-    assert nothing.stdout == f"W&B has 0 of 0 runs of {sweep}, 0 of them sent now.\n"
+    assert nothing.stdout == (
+        f"{sweep} has no W&B runs on this machine: no trial has begun, or tracking.mode is disabled; with --set"
+        " tracking.mode=auto the trials to come are tracked.\n"
+    )
     assert server.requests == []
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sweep import NoSweep, look, opening, report, rerun_spec, runner, scoring
+from sweep import NoSweep, NotKept, look, opening, report, rerun_spec, runner, scoring, take_home
 from sweep.spec import dump, load
 from sweep.study import ranking
 from tests import hub_server, nodes, sweeps
@@ -309,6 +309,7 @@ def test_adapters_are_taken_home(undisturbed, hub, tmp_path):
     told = export(space, tmp_path, "--push-to", "somebody/tiny", **away)
     assert told.returncode == 1
     assert "--push-to somebody/tiny: " in told.stderr
+    assert told.stderr.endswith(f"it with: hf upload somebody/tiny tiny-{winner.number:03d} --private\n")
     assert "Traceback" not in told.stderr
     assert f"tiny-{winner.number:03d} has trial {winner.number}" in told.stdout
     best, home = space.parent / "sweeps/tiny/best", tmp_path / f"tiny-{winner.number:03d}"
@@ -328,6 +329,22 @@ def test_adapters_are_taken_home(undisturbed, hub, tmp_path):
     facts = json.loads((tmp_path / f"tiny-{second.number:03d}/sweep.json").read_text())
     assert facts["validation_loss"] == second.best[1]
     assert "Number 2 of 4 trials" in (tmp_path / f"tiny-{second.number:03d}/README.md").read_text()
+
+
+def test_tokens_that_are_gone_are_made_again_of_the_same_rows(undisturbed, tmp_path, monkeypatch):
+    space, _, _ = undisturbed
+    sweep = tmp_path / "sweep"
+    shutil.copytree(space.parent / "sweeps/tiny", sweep, ignore=shutil.ignore_patterns("tokens"))
+    monkeypatch.chdir(tmp_path)
+    found = look(str(sweep))
+    home = take_home(found)
+    assert (home.directory / "tokenizer.json").read_bytes() == (sweep / "best/tokenizer.json").read_bytes()
+    assert contents(sweep / "tokens") == contents(space.parent / "sweeps/tiny/tokens")
+    shutil.rmtree(sweep / "tokens")
+    shutil.rmtree(home.directory)
+    rows = found.spec.data.model_copy(update={"train": found.spec.data.validation})
+    with pytest.raises(NotKept, match="its tokens are gone, and model or data are not what they were; restore those"):
+        take_home(replace(found, spec=found.spec.model_copy(update={"data": rows})))
 
 
 def test_a_merged_model_is_taken_home(undisturbed, hub, tmp_path):
@@ -495,6 +512,9 @@ def test_what_cannot_be_taken_home(undisturbed, tmp_path):
     told = export(space, tmp_path, "--trial", str(last.number))  # `checkpoint.keep` is 3
     assert told.returncode == 2
     assert f"trial {last.number} no longer has an intact checkpoint of an evaluation" in told.stderr
+    assert told.stderr.endswith(
+        f"train it again: python -m sweep rerun {space.parent}/sweeps/tiny --trial {last.number}\n"
+    )
     (tmp_path / f"tiny-{ranking(entries)[0].number:03d}").symlink_to("somewhere")
     told = export(space, tmp_path)
     assert told.returncode == 2

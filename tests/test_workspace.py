@@ -137,6 +137,16 @@ def test_what_was_kept_offline_is_uploaded_first(sweep, server):
     assert list(server.views) == [VIEW]
 
 
+def test_what_was_not_tracked(sweep, server):
+    spec = sweep / "space.yaml"
+    spec.write_text(spec.read_text().replace("online", "disabled"))
+    refused = workspace(sweep)
+    assert (refused.exit_code, server.requests) == (2, [])
+    assert refused.stderr.startswith(f"W&B has nothing of {sweep}: its tracking.mode is disabled; with --set tracking")
+    record(sweep, "online")  # before it was
+    assert workspace(sweep).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("key", "fault", "code", "told"),
     [

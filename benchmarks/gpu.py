@@ -79,7 +79,7 @@ def close(trials: list[QLoRATrial]) -> None:
 
 def steps(name: str, job: Job, slots: int, rows: int, tokens: int, dropout: float, peak: float) -> None:
     """A line of the table of steps."""
-    trials = trials_of(job, slots, tokens, {"r": 16, "batch_size": rows, "dropout": dropout})
+    trials = trials_of(job, slots, tokens, {"batch_size": rows, "dropout": dropout})
     alone, together, ratio = measure(trials, 5)
     parameters = sum(inputs * outputs for _, inputs, outputs in trials[0].base.layers.values())
     share = 4 * parameters * slots * rows * tokens / together / peak
@@ -95,7 +95,7 @@ def memory(name: str, job: Job, slots: int, tokens: int) -> None:
     """What a process of one trial takes of the device, and one of many."""
 
     def taken(count: int) -> float:
-        trials = trials_of(job, count, tokens, {"r": 16, "batch_size": 1})
+        trials = trials_of(job, count, tokens, {"batch_size": 1})
         for _ in range(3):
             turn(trials)
         found = used()
@@ -112,7 +112,7 @@ def memory(name: str, job: Job, slots: int, tokens: int) -> None:
 def estimates(name: str, job: Job, rows: int, tokens: int) -> None:
     """What `plan` says that a trial's tensors take, beside the most that torch had in use."""
     for checkpointing in (False, True):
-        settings = {"r": 16, "batch_size": rows, "gradient_checkpointing": checkpointing}
+        settings = {"batch_size": rows, "gradient_checkpointing": checkpointing}
         (trial,) = trials = trials_of(job, 1, tokens, settings)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
@@ -130,7 +130,7 @@ def replacement(name: str, job: Job) -> None:
     """From the end of a trial to the first step of the next one in the same process, seconds."""
     seconds = []
     for _ in range(4):
-        trials = trials_of(job, 2, 256, {"r": 16, "batch_size": 1})
+        trials = trials_of(job, 2, 256, {"batch_size": 1})
         turn(trials)
         began = now()
         trials.pop().close()
@@ -213,7 +213,7 @@ def profile(job: Job, slots: int, rows: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    trials = trials_of(job, slots, 256, {"r": 16, "batch_size": rows})
+    trials = trials_of(job, slots, 256, {"batch_size": rows})
     for _ in range(2):
         turn(trials)
     with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:

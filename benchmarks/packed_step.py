@@ -4,9 +4,9 @@
 
 Per batch size and compute data type: a step of each of K trials, one after the other, and a packed step of all of them.
 Both are run in turn in one process; shown are medians, and the median of the ratios; then tokens a second of the packed
-steps, what share of an fp32 product's speed they reach (4 x quantised parameters x tokens, which is what the base's
-products take), tokens a second of a validation of the same trials together, and how long it takes to close a trial and
-to attach another.
+steps, what share of a product's speed they reach, in the data type in which the device multiplies (4 x quantised
+parameters x tokens, which is what the base's products take), tokens a second of a validation of the same trials
+together, and how long it takes from the end of a trial until another in its place can take its first step.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 
 from trainables import data
 from trainables.config import QLoRAConfig
-from trainables.model import device
+from trainables.model import device, product_dtype
 from trainables.protocol import Budget, Job
 from trainables.qlora_sft import EVALUATION_TOKENS, QLoRATrial, turn
 
@@ -50,9 +51,13 @@ def rows_of(tokens: int, rows: int, vocabulary: int) -> data.Rows:
     return data.Rows(ids, supervised, np.arange(rows + 1, dtype=np.int64) * tokens)
 
 
-def trials_of(job: Job, slots: int, tokens: int, settings: dict[str, object]) -> list[QLoRATrial]:
-    """One for each seed from 0 on, with rows of so many tokens."""
-    configs = [QLoRAConfig.model_validate(settings | {"seed": seed}) for seed in range(slots)]
+def trials_of(
+    job: Job, slots: int, tokens: int, settings: dict[str, object], ranks: Sequence[int] = (16,)
+) -> list[QLoRATrial]:
+    """One for each seed from 0 on, with rows of so many tokens, and the ranks in turn."""
+    configs = [
+        QLoRAConfig.model_validate(settings | {"seed": seed, "r": ranks[seed % len(ranks)]}) for seed in range(slots)
+    ]
     trials = [QLoRATrial(config, job, None) for config in configs]
     rows = rows_of(tokens, 256, trials[0].base.model.config.vocab_size)
     for trial in trials:
@@ -93,9 +98,9 @@ def scoring_seconds(trials: list[QLoRATrial], rows: data.Rows) -> float:
     return now() - began
 
 
-def product_peak() -> float:
-    """Operations a second of an fp32 product on the device."""
-    left, right = (torch.randn(2048, 2048, device=device()) for _ in range(2))
+def product_peak(dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices on the device."""
+    left, right = (torch.randn(2048, 2048, device=device()).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):
         began = now()
@@ -115,38 +120,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SMOLLM2))
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--r", type=int, nargs="+", default=[16], help="several are spread over the trials")
     parser.add_argument("--tokens", type=int, default=64, help="of a row")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--runs", type=int, default=5)
     asked = parser.parse_args()
     print(header())
-    print(f"K {asked.slots}, r {asked.r}, rows of {asked.tokens} tokens, {asked.runs} runs")
+    print(f"K {asked.slots}, r {', '.join(map(str, asked.r))}, rows of {asked.tokens} tokens, {asked.runs} runs")
     with tempfile.TemporaryDirectory() as directory:
         job = job_on(asked.model, Path(directory))
-        peak = product_peak()
-        print(f"fp32 product: {peak / 1e9:.0f} GFLOP/s")
+        peaks = {dtype: product_peak(product_dtype(dtype)) for dtype in asked.dtypes}
+        print(", ".join(f"products of {dtype}: {peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()))
         print(
             "dtype  batch   K steps, s   packed, s   ratio   training tokens/s   share   validation tokens/s   next, s"
         )
         for dtype in asked.dtypes:
             for batch in asked.batches:
-                settings = {"r": asked.r, "batch_size": batch, "compute_dtype": dtype}
-                trials = trials_of(job, asked.slots, asked.tokens, settings)
+                settings = {"batch_size": batch, "compute_dtype": dtype}
+                trials = trials_of(job, asked.slots, asked.tokens, settings, asked.r)
                 alone, together, ratio = measure(trials, asked.runs)
                 training = asked.slots * batch * asked.tokens / together
                 rows = rows_of(asked.tokens, SCORED, trials[0].base.model.config.vocab_size)
                 scoring = asked.slots * SCORED * asked.tokens / scoring_seconds(trials, rows)
                 quantised = sum(inputs * outputs for _, inputs, outputs in trials[0].base.layers.values())
-                share = 4 * quantised * training / peak
+                share = 4 * quantised * training / peaks[dtype]
                 began = now()
-                trials.pop().close()
-                trials.append(QLoRATrial(QLoRAConfig.model_validate(settings), job, None))
-                attached = now() - began
+                ended = trials.pop()
+                ended.close()
+                trials.append(QLoRATrial(ended.config, job, None))
+                next_one = now() - began
                 for trial in trials:
                     trial.close()
-                rates = f"{training:18,.0f}  {share:6.2f}  {scoring:20,.0f}  {attached:8.2f}"
+                rates = f"{training:18,.0f}  {share:6.2f}  {scoring:20,.0f}  {next_one:8.2f}"
                 print(f"{dtype:5}  {batch:5}  {alone:11.2f}  {together:10.2f}  {ratio:6.2f}  {rates}", flush=True)
 
 

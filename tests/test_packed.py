@@ -140,12 +140,16 @@ def test_initial_weights_are_those_of_peft(pack, tiny, target_modules):
 
 def test_a_pack_and_trl(tiny, pack, tmp_path):
     job = replace(tiny, budget=steps(50, 1))
-    configs = [config(seed=seed, batch_size=4, accumulation=2, learning_rate=5e-3) for seed in (1, 2)]
+    configs = [config(seed=seed, batch_size=4, accumulation=2, learning_rate=5e-3, r=r) for seed, r in ((1, 8), (2, 4))]
     made = pack(configs, job)
-    initial = {f"base_model.model.{n}": weight.clone() for n, weight in made.trials[1].adapter.named.items()}
+    initial = [
+        {f"base_model.model.{name}": weight.clone() for name, weight in trial.adapter.named.items()}
+        for trial in made.trials
+    ]
     made.train()
-    theirs = train_with_trl(configs[1], job, initial, 50, tmp_path)
-    assert losses(made.steps[1]) == pytest.approx([logged["loss"] for logged in theirs], abs=1e-4)
+    for each, weights, ours in zip(configs, initial, made.steps, strict=True):
+        theirs = train_with_trl(each, job, weights, 50, tmp_path)
+        assert losses(ours) == pytest.approx([logged["loss"] for logged in theirs], abs=1e-4)
 
 
 @pytest.mark.parametrize("other", [{"seed": 99}, {"learning_rate": 0.5}, {"alpha": 1e4, "rslora": True}, {"r": 4}])
@@ -160,9 +164,10 @@ def test_what_another_trial_does_changes_no_bit(pack, other):
     assert losses(disturbed.steps[1]) != losses(expected.steps[1])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_with_its_trial(pack, value):
-    configs = [config(seed=seed, batch_size=40) for seed in (1, 2, 3)]  # all rows: shapes are the same in each step
+@pytest.mark.parametrize(("value", "accumulation"), [(math.nan, 1), (math.inf, 1), (math.nan, 4)])
+def test_what_is_not_finite_stays_with_its_trial(pack, value, accumulation):
+    # all rows: shapes are the same in each step
+    configs = [config(seed=seed, batch_size=40, accumulation=accumulation) for seed in (1, 2, 3)]
     expected = pack(configs).train(3)
     poisoned = pack(configs)
     sick = poisoned.trials[1]
@@ -408,6 +413,23 @@ def test_dropout_on_a_gpu_is_that_on_a_cpu(dtype):
     assert torch.equal(*dropped)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layers_wait_for_no_device(pack):
+    """A pass of all layers, forward and backward, is handed to the device without a look at what comes of it."""
+    trials = pack([config(seed=seed, dropout=0.1) for seed in (1, 2)]).trials
+    turn(trials)
+    works = [trial.micro_batches(trial.next_rows())[0] for trial in trials]
+    before = trials[0].base.losses(works, trials[0].pad)  # what is made once is made
+    torch.stack([each.sum() for each in before]).sum().backward()
+    losses_of = torch.stack([each.sum() for each in trials[0].base.losses(works, trials[0].pad)]).sum()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses_of.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_two_bases_side_by_side(pack, tiny):
     """Those of nf4 and of fp4 in one process."""
     configs = [config(quant_type=quant_type) for quant_type in ("nf4", "fp4")]
@@ -419,7 +441,7 @@ def test_two_bases_side_by_side(pack, tiny):
     for trial, each in zip(trials, configs, strict=True):
         assert losses(trial.evaluations) == curve(each, tiny)[1]
     assert model.base(tiny.model, "nf4", "fp32", True) is trials[0].base
-    assert qlora_sft.start(configs[0], tiny, None).base is trials[0].base
+    assert pack([configs[0]]).trials[0].base is trials[0].base
 
 
 def test_a_model_that_makes_one_of_rows_and_width_and_has_dropout_of_its_own(tmp_path):

@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_opt
 from trainables import data, memory, model
 from trainables.config import DataConfig, QLoRAConfig
+from trainables.packed import fused
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Base, Work
 from trainables.protocol import Budget
@@ -84,9 +86,11 @@ def test_bytes_of_adapter_and_optimizer(models, target_modules):
         base.dismiss(adapter)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_bytes_of_activations(models, inputs, tmp_path, name):
-    """What autograd keeps of a real forward pass."""
+@pytest.mark.parametrize(("name", "logits"), [("llama", 2**27), ("llama", 320), ("opt", 2**27), ("opt", 2 * 320)])
+def test_bytes_of_activations(models, inputs, tmp_path, monkeypatch, name, logits):
+    """What autograd keeps of a real forward pass, whether logits are taken at once or one or two labels at a time."""
+    for module in (fused, memory):
+        monkeypatch.setattr(module, "LABELLED_AT_ONCE", logits)
     config = QLoRAConfig(r=8, compute_dtype="fp32", dropout=0.0, batch_size=5)
     rows = DataConfig(train=f"{inputs}/train.jsonl", validation=0.2, max_length=64)
     train = data.load(data.prepare(rows, models[name], tmp_path).path).train
@@ -95,17 +99,18 @@ def test_bytes_of_activations(models, inputs, tmp_path, name):
     base, adapter = seated(models[name], config)
     work = Work(adapter, longest, None)
     assert (len(longest[-1][0]), work.labels) == (width, labels)
-    kept: dict[int, torch.Tensor] = {}
+    saved: list[weakref.ref[torch.Tensor]] = []  # of which some go before the backward pass
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved.append(weakref.ref(tensor))
         return tensor
 
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            base.losses([work], pad=0)
+            graph = base.losses([work], pad=0)  # noqa: F841 - holds them
     finally:
         base.dismiss(adapter)
+    kept = {tensor.untyped_storage()._cdata: tensor for each in saved if (tensor := each()) is not None}
     for weight in base.model.parameters():
         kept.pop(weight.untyped_storage()._cdata, None)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

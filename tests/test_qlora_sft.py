@@ -14,7 +14,25 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    get_scheduler,
+)
 
 from tests.tiny import make_tiny_llama, make_tiny_rows
 from trainables import checkpoint, data, model, qlora_sft
@@ -238,6 +256,70 @@ def test_loss_in_chunks(tiny, monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 320 * 5)
     for ours, theirs in zip(whole, run(CONFIG, tiny), strict=True):
         assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
+
+
+def heads_rows(config: QLoRAConfig, job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[list[float]]]:
+    """Labels that the output head gets at a time while a trial trains, and its losses."""
+    rows: list[int] = []
+    linear = F.linear
+    vocabulary = model.base(job.model, config.quant_type, config.compute_dtype, config.double_quant).vocabulary
+
+    def counting(x, weight, bias=None):
+        if len(weight) == vocabulary:
+            rows.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    with monkeypatch.context() as context:
+        context.setattr(F, "linear", counting)
+        return rows, [losses(each) for each in run(config, job)]
+
+
+@pytest.mark.parametrize("change", [{}, {"gradient_checkpointing": True, "dropout": 0.1}, {"compute_dtype": "bf16"}])
+def test_logits_of_few_labels_at_a_time(tiny, monkeypatch, change):
+    config = CONFIG.model_copy(update=change)
+    whole, expected = heads_rows(config, tiny, monkeypatch)
+    monkeypatch.setattr(fused, "LABELLED_AT_ONCE", 320 * 3)
+    parts, found = heads_rows(config, tiny, monkeypatch)
+    assert max(whole) > 3 >= max(parts)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.02 if config.compute_dtype == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, GemmaConfig, Gemma2Config, Phi3Config, Olmo2Config),
+        *(OPTConfig, GPT2Config, GPTNeoXConfig, CohereConfig, GraniteConfig),
+    ],
+)
+def test_logits_in_parts_are_those_of_the_model(config):
+    """With whatever it does to them: they are capped (Gemma 2), divided (Granite), multiplied (Cohere)."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    own = config(**sizes, vocab_size=320, pad_token_id=0)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+    rows = [
+        (np.arange(1, 12, dtype=np.int32), np.ones(11, np.bool_)),
+        (np.arange(5, dtype=np.int32), np.ones(5, np.bool_)),
+    ]
+    batch = base.collate(rows, 0, torch.device("cpu"))
+    decoder = base.decoder_of(theirs)
+    assert decoder is not None
+    expected = base.label_losses(theirs, batch)
+    found = base.label_losses_in_parts(theirs, decoder, batch, 4)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert "forward" not in vars(decoder)
+
+
+def test_a_model_whose_logits_are_made_of_something_else_has_them_at_once(tiny, monkeypatch):
+    theirs = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=320, hidden_size=64, num_attention_heads=4))
+    monkeypatch.setattr(PreTrainedModel, "get_decoder", lambda self: self.model)  # of which it asks a part
+    assert base.decoder_of(theirs) is None
+    monkeypatch.setattr(fused, "LABELLED_AT_ONCE", 320 * 3)
+    monkeypatch.setattr(base, "decoder_of", lambda of: None)
+    monkeypatch.setattr(model, "_warm", {})
+    rows, _ = heads_rows(CONFIG, tiny, monkeypatch)
+    assert max(rows) > 3
 
 
 def test_a_batch_by_hand():

@@ -23,7 +23,7 @@ from trainables.config import ComputeDtype, QLoRAConfig, QuantType
 from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
 from trainables.packed.base import Batch, label_losses
-from trainables.packed.fused import LOGITS_AT_ONCE, fuse, fusible
+from trainables.packed.fused import LABELLED_AT_ONCE, LOGITS_AT_ONCE, fuse, fusible
 from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
 
 PROCESS = {"cpu": 600_000_000, "cuda": 2**29}
@@ -54,7 +54,8 @@ class Memory:
     its blocks."""
     passing: int
     """What the loss takes (gradients of logits, a few in fp32), or one layer dequantised with its gradients, whichever
-    is more. With gradient checkpointing the one has the logits besides, the other a block that is computed again."""
+    is more. With gradient checkpointing, or where logits are many, the one has the logits besides; with gradient
+    checkpointing the other has a block that is computed again."""
 
     @property
     def total(self) -> int:
@@ -144,23 +145,28 @@ def estimate(
     found = shapes(model)
     adapted = targets(found.layers, model, config.target_modules)
     dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype, on or device())
-    kept = _kept(model, dtype, of_products, config.r, tuple(adapted), rows, width, labels)
+    together = min(labels, max(1, LABELLED_AT_ONCE // found.vocabulary))
+    logits = found.vocabulary * together * dtype.itemsize
+    kept = _kept(model, dtype, of_products, config.r, tuple(adapted), rows, width, together)
+    in_parts = together < labels  # then logits pass, and kept is the gradient of what they are made of
+    of_hidden = labels * found.width * dtype.itemsize if in_parts else 0
+    kept -= logits if in_parts else 0
     layer = max(
         of_products.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
         for _, inputs, outputs in found.layers.values()
     )
-    logits = found.vocabulary * labels * dtype.itemsize
-    at_once = min(labels, max(1, LOGITS_AT_ONCE // found.vocabulary))
+    at_once = min(together, max(1, LOGITS_AT_ONCE // found.vocabulary))
     of_loss = logits + found.vocabulary * 2 * at_once * 4
-    if config.gradient_checkpointing:  # logits are gone before the last block is computed again
-        layer += (kept - logits) // found.blocks
+    if in_parts or config.gradient_checkpointing:
         of_loss += logits
+    if config.gradient_checkpointing:  # logits are gone before the last block is computed again
+        layer += (kept - (0 if in_parts else logits)) // found.blocks
         kept = found.blocks * rows * width * found.width * dtype.itemsize
     return Memory(
         base=base_bytes(model, config.quant_type, config.compute_dtype, config.double_quant),
         adapter=size(model, config) * (4 + of_products.itemsize),
         optimizer=trained_bytes(model, config),
-        activations=kept,
+        activations=kept + of_hidden,
         passing=max(of_loss, layer),
     )
 

@@ -1,8 +1,10 @@
 """A quantised base through which the rows of many trials go together."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from trainables.packed import fused
 from trainables.packed.adapter import Adapter, Stack
-from trainables.packed.fused import cross_entropy, fuse, fusible
+from trainables.packed.fused import cross_entropy, cross_entropy_of, fuse, fusible
 from trainables.packed.layers import Dropout, Part, Plan, pack
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -56,6 +59,17 @@ class Base:
         self._checkpointing = False
 
     @property
+    def vocabulary(self) -> int:
+        """Logits of a label."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def _decoder(self) -> Any:
+        """See `decoder_of`; where there is none, all logits of a micro-batch are held at once."""
+        self.plan.parts = ()
+        return decoder_of(self.model)
+
+    @property
     def idle(self) -> bool:
         """Whether it serves no adapter."""
         return not self._stacks
@@ -91,12 +105,18 @@ class Base:
         places.sort()
         ordered = [works[i] for _, _, i in places]
         batch = collate([row for work in ordered for row in work.rows], pad, self.model.device)
+        at_once = max(1, fused.LABELLED_AT_ONCE // self.vocabulary)
+        decoder = self._decoder if len(batch.labels) > at_once else None
         self.plan.parts = self._parts([(keys[stack], seat) for stack, seat, _ in places], ordered, batch)
         rows, width = batch.input_ids.shape
         self.plan.shape = (rows, width)
         self._checkpoint(any(work.adapter.config.gradient_checkpointing for work in works))
-        losses = label_losses(self.model, batch).split([work.labels for work in ordered])
-        found = {i: each for (_, _, i), each in zip(places, losses, strict=True)}
+        if decoder is None:
+            losses = label_losses(self.model, batch)
+        else:
+            losses = label_losses_in_parts(self.model, decoder, batch, at_once)
+        of_works = losses.split([work.labels for work in ordered])
+        found = {i: each for (_, _, i), each in zip(places, of_works, strict=True)}
         return [found[i] for i in range(len(works))]
 
     def ends(self) -> set[int]:
@@ -247,3 +267,48 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     finally:
         hook.remove()
     return cross_entropy(logits, batch.labels)
+
+
+def label_losses_in_parts(model: PreTrainedModel, decoder: Any, batch: Batch, at_once: int) -> Tensor:
+    """The same, with logits of so many labels at a time. `decoder` is what `decoder_of` gives."""
+    outputs = decoder(input_ids=batch.input_ids, use_cache=False)
+
+    def head(hidden: Tensor) -> Tensor:
+        answer = type(outputs)(**{**outputs, "last_hidden_state": hidden[None]})
+        with _answering(decoder, answer):
+            logits: Tensor = model(input_ids=batch.input_ids[:1], use_cache=False).logits
+        return logits[0]
+
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
+    return cross_entropy_of(hidden, batch.labels, head, at_once)
+
+
+@torch.no_grad()
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module whose answer becomes logits by the model's own code; None where that is not found."""
+    decoder = model.get_decoder()
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    outputs = decoder(input_ids=token, use_cache=False)
+    with _answering(decoder, outputs) as asked:
+        model(input_ids=token, use_cache=False)
+    return decoder if len(asked) == 1 else None
+
+
+@contextmanager
+def _answering(module: Any, answer: object) -> Iterator[list[object]]:
+    """Have a module give this answer rather than compute one; gives a list of what it was asked."""
+    asked: list[object] = []
+
+    def forward(*positional: object, **named: object) -> object:
+        asked.append((positional, named))
+        return answer
+
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield asked
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -21,6 +21,8 @@ from trainables.packed.kernels import kernel
 
 LOGITS_AT_ONCE = 2**24
 """Logits that are held in fp32 at the same time (64 MiB) while the loss is taken."""
+LABELLED_AT_ONCE = 2**27
+"""Logits that exist at the same time, in the data type of the model (256 MiB in bf16), and their gradients."""
 Operation = Callable[[Any, Tensor], Tensor]
 """What a module computes."""
 
@@ -60,6 +62,16 @@ def gated(module: Any, x: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Of each label, in nats: fp32 (labels,). `logits` (labels, vocabulary) may have any data type."""
     losses: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def cross_entropy_of(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+    """The same of hidden states (labels, width), of which `head` makes logits, so many labels at a time.
+
+    Nothing but the gradient of each label's loss is kept: (labels, width) in place of (labels, vocabulary), as in Liger
+    Kernel (arXiv:2410.10989). `head` must be frozen.
+    """
+    losses: Tensor = _HeadCrossEntropy.apply(hidden, labels, head, at_once)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -158,6 +170,29 @@ class _CrossEntropy(torch.autograd.Function):
             to.copy_((some - scale).exp_().mul_(factor))
         result.scatter_(1, labels[:, None], ((-losses).expm1_() * gradient).to(result.dtype))
         return result, None
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+        wanted: bool = ctx.needs_input_grad[0]
+        losses, gradients = [], []
+        for some, of_some in zip(hidden.split(at_once), labels.split(at_once), strict=True):
+            with torch.set_grad_enabled(wanted):
+                some = some.detach().requires_grad_(wanted)
+                found = cross_entropy(head(some), of_some)
+                if wanted:
+                    gradients += torch.autograd.grad(found.sum(), some)
+            losses.append(found.detach())
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (of_hidden,) = ctx.saved_tensors
+        return (of_hidden * gradients[0][:, None]).to(of_hidden.dtype), None, None, None
 
 
 _ROUNDED = {

@@ -16,9 +16,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench-gpu: setup
-	$(BIN)/python -m benchmarks.gpu --model 1B
-	$(BIN)/python -m benchmarks.gpu --model 8B
+# Needs no network: the packages may be those of $(PYTHON), and whole sweeps are left out where Ray is none of them.
+bench-gpu: GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --model 1B
+	$(GPU_PYTHON) -m benchmarks.gpu --model 8B
+	! $(GPU_PYTHON) -c "import ray, wandb, optuna, trl" || $(GPU_PYTHON) -m benchmarks.whole_sweep --llama 1B --gpus 1 \
+		--sides packed naive --batch-size 1
 
 setup: .venv/installed models/smollm2-135m
 

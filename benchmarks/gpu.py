@@ -23,11 +23,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.packed_step import header, job_on, measure, now, trials_of
-from sweep.plan import largest_micro_batch
 from tests.tiny import tiny_tokenizer
 from trainables import model
 from trainables.config import QLoRAConfig
-from trainables.memory import estimate
+from trainables.memory import estimate, largest_micro_batch
 from trainables.packed.engine import Engine
 from trainables.protocol import Budget, Job, Step
 from trainables.qlora_sft import QLoRATrial, turn

@@ -130,7 +130,7 @@ def main() -> None:
     print(f"K {asked.slots}, r {', '.join(map(str, asked.r))}, rows of {asked.tokens} tokens, {asked.runs} runs")
     with tempfile.TemporaryDirectory() as directory:
         job = job_on(asked.model, Path(directory))
-        peaks = {dtype: product_peak(product_dtype(dtype)) for dtype in asked.dtypes}
+        peaks = {dtype: product_peak(product_dtype(dtype, device())) for dtype in asked.dtypes}
         print(", ".join(f"products of {dtype}: {peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()))
         print(
             "dtype  batch   K steps, s   packed, s   ratio   training tokens/s   share   validation tokens/s   next, s"

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sweep.plan import largest_micro_batch
 from trainables import data
 from trainables.config import DataConfig, QLoRAConfig
 
@@ -48,7 +47,7 @@ def starter(model: str, train: str, file: Path) -> str:
         on_gpu = device != "a CPU"
         dtype = memory.compute_dtype()
         config = QLoRAConfig(r=HIGHEST_RANK, batch_size=8 if count < 2000 else 16, compute_dtype=dtype)
-        batch = largest_micro_batch(tokens, config)
+        batch = memory.largest_micro_batch(tokens, config)
         width = min(batch[1], max_length)
         config = _fitting(memory, model, config, width, min(batch[2] / batch[0], width - 1), int(SHARE * room))
     epochs = 3 if count < 2000 else 2 if count < 20000 else 1

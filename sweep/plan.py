@@ -74,14 +74,6 @@ def splits(prepared: data.Prepared) -> dict[str, Split]:
     }
 
 
-def largest_micro_batch(rows: data.Rows, config: QLoRAConfig) -> tuple[int, int, int]:
-    """(rows, tokens of the longest, labels) of a micro-batch that happens to have the longest rows."""
-    lengths = np.diff(rows.offsets)
-    longest = np.argsort(lengths, kind="stable")[::-1][: config.micro_batch()]
-    labels = sum(int(np.count_nonzero(rows[int(row)][1][1:])) for row in longest)
-    return len(longest), int(lengths[longest[0]]), labels
-
-
 def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False) -> None:
     """Print the plan of a sweep: data, steps, early stopping, memory, configurations. Nothing is started.
 
@@ -135,7 +127,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             needed = {
                 name: max(
                     (
-                        (config, memory.estimate(spec.model, config, *largest_micro_batch(train, config), on))
+                        (config, memory.estimate(spec.model, config, *memory.largest_micro_batch(train, config), on))
                         for config in those
                     ),
                     key=lambda each: each[1].total,
@@ -147,7 +139,7 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             room = free - (RAY if on.type == "cpu" else 0)
 
             def fits(config: QLoRAConfig) -> bool:
-                taken = memory.estimate(spec.model, config, *largest_micro_batch(train, config), on)
+                taken = memory.estimate(spec.model, config, *memory.largest_micro_batch(train, config), on)
                 return bool(taken.total + process <= room)
 
             if spec.resources.gpus and device == "a CPU":

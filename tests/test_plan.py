@@ -19,7 +19,6 @@ from typer.testing import CliRunner, Result
 from sweep import cli, opening
 from sweep import plan as plans
 from sweep.early_stopping import loses, survivors
-from sweep.plan import largest_micro_batch
 from sweep.spec import EarlyStopping, dump, load
 from tests import sweeps
 from tests.tiny import make_tiny_llama, make_tiny_opt
@@ -94,7 +93,7 @@ def test_bytes_of_activations(models, inputs, tmp_path, monkeypatch, name, logit
     config = QLoRAConfig(r=8, compute_dtype="fp32", dropout=0.0, batch_size=5)
     rows = DataConfig(train=f"{inputs}/train.jsonl", validation=0.2, max_length=64)
     train = data.load(data.prepare(rows, models[name], tmp_path).path).train
-    count, width, labels = largest_micro_batch(train, config)
+    count, width, labels = memory.largest_micro_batch(train, config)
     longest = sorted((train[i] for i in range(len(train))), key=lambda row: len(row[0]))[-count:]
     base, adapter = seated(models[name], config)
     work = Work(adapter, longest, None)

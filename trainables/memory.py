@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from trainables.config import ComputeDtype, QLoRAConfig, QuantType
+from trainables.data import Rows
 from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
 from trainables.packed.base import Batch, label_losses
@@ -169,6 +171,14 @@ def estimate(
         activations=kept + of_hidden,
         passing=max(of_loss, layer),
     )
+
+
+def largest_micro_batch(rows: Rows, config: QLoRAConfig) -> tuple[int, int, int]:
+    """(rows, tokens of the longest, labels) of a micro-batch that happens to have the longest rows."""
+    lengths = np.diff(rows.offsets)
+    longest = np.argsort(lengths, kind="stable")[::-1][: config.micro_batch()]
+    labels = sum(int(np.count_nonzero(rows[int(row)][1][1:])) for row in longest)
+    return len(longest), int(lengths[longest[0]]), labels
 
 
 def size(model: str, config: QLoRAConfig) -> int:

@@ -216,6 +216,28 @@ def test_a_trial_is_replaced_while_others_go_on(pack):
         assert losses(done) == pytest.approx(losses(pack([each]).train().steps[0]), abs=1e-5)
 
 
+def test_the_next_one_takes_the_place_of_the_one_that_left(pack, tiny):
+    """Without a copy of the others, which would take as much memory once more; what half of them left is given back."""
+    made = pack([config(seed=seed) for seed in range(4)])
+    base = made.trials[0].base
+
+    def held() -> list[int]:
+        return [trial.adapter.gradient.data_ptr() for trial in made.trials]
+
+    before = held()
+    made.trials.pop(1).close()
+    made.trials.insert(1, QLoRATrial(config(seed=9), tiny, None))
+    assert held() == before
+    [stack] = base._stacks.values()
+    assert len(stack.gradients) == 4
+    made.trials.pop(0).close()
+    assert len(stack.gradients) == 4
+    made.trials.pop(0).close()
+    [stack] = base._stacks.values()
+    assert len(stack.gradients) == 2
+    assert held() == [gradient.data_ptr() for gradient in stack.gradients]
+
+
 def test_from_a_pack_to_alone_and_back(pack, tiny, tmp_path):
     configs = [config(seed=seed, dropout=0.1, r=r) for seed, r in ((1, 8), (2, 8), (3, 4))]
     never_stopped = pack(configs).train()

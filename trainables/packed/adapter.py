@@ -111,18 +111,23 @@ class Adapter:
 
 
 class Stack:
-    """Adapters of one shape: their weights in the data type of products, and the gradients that layers add to."""
+    """Adapters of one shape: their weights in the data type of products, and the gradients that layers add to.
+
+    The place of one that leaves is there for the next: nothing of the others is copied, which would take as much memory
+    once more.
+    """
 
     def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, rounded: torch.dtype) -> None:
         """Weights are rounded to `rounded`; gradients must be zero, for they move here."""
         first = adapters[0]
         r, layers = first.config.r, first.layers
-        self.adapters = list(adapters)
+        self.adapters: list[Adapter | None] = list(adapters)
+        """By place; None where one has left."""
         self.rounded = rounded
         self.copies = torch.empty((len(adapters), len(first.weights)), dtype=dtype, device=first.weights.device)
         self.gradients = torch.zeros_like(self.copies, dtype=torch.float32)
-        for number in range(len(adapters)):
-            self.refresh(number)
+        for number, adapter in enumerate(adapters):
+            self._copy(number, adapter)
         of_copies, of_gradients = views(self.copies, r, layers), views(self.gradients, r, layers)
         pairs = [
             (number, copy, gradient)
@@ -132,12 +137,32 @@ class Stack:
             number: LowRank(a, b, a_gradient, b_gradient)
             for (number, a, a_gradient), (_, b, b_gradient) in zip(pairs[::2], pairs[1::2], strict=True)
         }
-        for adapter, gradient in zip(self.adapters, self.gradients, strict=True):  # last: memory may run out before
+        for adapter, gradient in zip(adapters, self.gradients, strict=True):  # last: memory may run out before
             adapter.gradient = gradient
 
-    def refresh(self, number: int) -> None:
+    @property
+    def present(self) -> list[Adapter]:
+        return [adapter for adapter in self.adapters if adapter is not None]
+
+    def take(self, adapter: Adapter) -> bool:
+        """Give the adapter a place that is free, if there is one."""
+        if None not in self.adapters:
+            return False
+        number = self.adapters.index(None)
+        self.adapters[number] = adapter
+        self._copy(number, adapter)
+        adapter.gradient = self.gradients[number].zero_()
+        return True
+
+    def leave(self, adapter: Adapter) -> None:
+        self.adapters[self.adapters.index(adapter)] = None
+
+    def refresh(self, adapter: Adapter) -> None:
         """Copy the weights of an adapter anew."""
-        weights = self.adapters[number].weights
+        self._copy(self.adapters.index(adapter), adapter)
+
+    def _copy(self, number: int, adapter: Adapter) -> None:
+        weights = adapter.weights
         self.copies[number].copy_(weights if self.rounded == self.copies.dtype else weights.to(self.rounded))
 
 

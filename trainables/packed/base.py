@@ -76,24 +76,28 @@ class Base:
 
     def seat(self, adapter: Adapter) -> None:
         """Serve this adapter, too. Between optimiser steps only."""
+        self.plan.parts = ()
         key = _shape(adapter)
-        others = self._stacks[key].adapters if key in self._stacks else []
-        self._stacks[key] = Stack([*others, adapter], self.dtype, self.model.dtype)
+        stack = self._stacks.get(key)
+        if stack is None or not stack.take(adapter):
+            others = stack.present if stack else []
+            self._stacks[key] = Stack([*others, adapter], self.dtype, self.model.dtype)
 
     def dismiss(self, adapter: Adapter) -> None:
         """Serve it no longer. Between optimiser steps only."""
         self.plan.parts = ()
         key = _shape(adapter)
-        others = [other for other in self._stacks[key].adapters if other is not adapter]
-        if others:
-            self._stacks[key] = Stack(others, self.dtype, self.model.dtype)
-        else:
+        stack = self._stacks[key]
+        stack.leave(adapter)
+        others = stack.present
+        if not others:
             del self._stacks[key]
+        elif 2 * len(others) <= len(stack.adapters):  # what is free is worth a copy of the rest
+            self._stacks[key] = Stack(others, self.dtype, self.model.dtype)
 
     def refresh(self, adapter: Adapter) -> None:
         """Take over the weights of an adapter that have changed."""
-        stack = self._stacks[_shape(adapter)]
-        stack.refresh(stack.adapters.index(adapter))
+        self._stacks[_shape(adapter)].refresh(adapter)
 
     def losses(self, works: Sequence[Work], pad: int) -> list[Tensor]:
         """Cross-entropy of the labels of each work in nats, fp32 (labels,). A backward pass adds to the gradients."""

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Evaluation, Forgotten, Job, Slice, Started
+from trainables.protocol import Evaluation, Forgotten, Job, Slice, Started, loses_device
 
 CALLER_CPUS = 0.01
 """CPU cores that the process of a packed trial is counted with."""
@@ -268,7 +268,7 @@ class PackedTrial:
         try:
             return ray.get(asked)
         except RayTaskError as error:
-            if isinstance(error.cause, Forgotten):
+            if isinstance(error.cause, Forgotten) or loses_device(error.cause):
                 raise EngineLost(str(error.cause)) from None
             raise error.cause from error
         except RayActorError as error:

@@ -88,7 +88,7 @@ def open_ledger(
         raise Refused(why) from error
     if newer := begun_by_newer(ledger):
         raise Refused(f"{paths.root}: {newer}")
-    if unknown := unknown_fields(ledger.entries()):
+    if unknown := unknown_fields(ledger):
         raise Refused(f"{paths.root}: its trials have {', '.join(unknown)}, which only a newer version knows: {UPDATE}")
     recorded = ledger.noted("inputs")
     if begun and recorded is None:

@@ -262,6 +262,8 @@ def ask(found: "Status", verb: Verb, trial: int | None = None, config: Mapping[s
     again = ledger.noted(COMMAND) or "the command that ran it"
     request = Request(f"{time.time_ns()}-{secrets.token_hex(4)}", verb, trial, config)
     before = waiting(place)
+    if verb == "enqueue" and found.unknown:  # what it completes the configuration by is not all that there is
+        raise Refused(f"{place.url}: {found.newer}")
     if (why := obstacle(request, ledger, found.spec.space, found.spec.budget.evaluations)) is not None:
         raise Refused(f"{place.url}: {why}; {ALLOWED[verb]}")
     if verb == "pause" and found.driver is None:

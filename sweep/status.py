@@ -154,7 +154,7 @@ def look(directory: str, ledger: str | None = None) -> Status:
                 f"{place.url}: trial {entry.number} has no configuration that this version of {PROGRAM} knows ({why});"
                 f" if a newer one wrote it, {UPDATE}"
             ) from error
-    unknown += [f"{field} of the trials" for field in unknown_fields(entries)]
+    unknown += [f"{field} of the trials" for field in unknown_fields(study)]
     try:
         driver = driver_named(place.text(paths.lock_holder)) if _is_driven(place) else None
         asked = waiting(place)

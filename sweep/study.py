@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -164,8 +164,11 @@ def _config(recorded: str) -> QLoRAConfig:
     return QLoRAConfig.model_validate_json(recorded, extra="ignore")
 
 
-def unknown_fields(entries: Iterable[Entry]) -> list[str]:
-    """Fields of the trials' configurations that a newer version wrote, and this one leaves out."""
+def unknown_fields(ledger: "Ledger") -> list[str]:
+    """Fields of configurations, those of the verification included, that a newer version wrote, and this one leaves
+    out."""
+    verifying = ledger.verification()
+    entries = chain(ledger.entries(), verifying.entries() if verifying else ())
     recorded = (json.loads(entry.trial.user_attrs["config"]) for entry in entries)
     return sorted({name for config in recorded for name in config} - QLoRAConfig.model_fields.keys())
 

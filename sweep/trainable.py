@@ -27,7 +27,7 @@ from sweep.repair import may_halve
 from sweep.scoring import MetricFault, objective_of
 from trainables import checkpoint
 from trainables.config import QLoRAConfig
-from trainables.protocol import Cost, Evaluation, Job, NoRoomYet, OutOfMemory, Slice, Trial
+from trainables.protocol import Cost, Evaluation, Job, NoRoomYet, OutOfMemory, Slice, Trial, loses_device
 
 SLICE_SECONDS = 2.0
 """Wall clock of one call: short enough to look alive and to stop quickly, long enough that calls cost nothing."""
@@ -75,8 +75,8 @@ class Failure:
         engine: Literal["died", "gone"] | None = None
         if isinstance(error, EngineLost):
             engine = "gone" if isinstance(error, EngineGone) else "died"
-        lost = "CUDA error" in reason  # nothing works in the process any more
-        environment = engine is not None or lost or isinstance(error, OSError | MemoryError | ImportError)
+        machine = loses_device(error) or isinstance(error, OSError | MemoryError | ImportError)
+        environment = engine is not None or machine
         return cls(reason, "".join(format_exception(error)), getattr(error, "errno", None), environment, engine, metric)
 
 
@@ -118,6 +118,8 @@ class SlicedTrial(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self._assignment: Assignment = config["assignment"]
         self._trial: Trial | None = None
+        self._looked = False  # for what the trial goes on from
+        self._found: checkpoint.Checkpoint | None = None
         self._run: tracking.Run | None = None
         self._banner = ""
         self._notes: list[str] = []
@@ -243,13 +245,11 @@ class SlicedTrial(tune.Trainable):
             self._trial.close()
             self._assignment = replace(mine, job=replace(job, halvings=job.halvings + 1))
         elif isinstance(self._trial, PackedTrial) and self._trial.give_way():
-            self._notes.append(
-                f"trial {mine.number:3d} does not fit into memory beside the others: it waits for one to end"
-            )
+            self._notes.append(f"trial {mine.number:3d} does not fit into memory beside the others: it waits for room")
         else:
             rows = mine.config.micro_batch(job.halvings)
             return Slice((), None, f"out of memory with a micro-batch of {rows}: {reason}", True, 0)
-        self._trial = None
+        self._trial, self._looked = None, False
         return NOTHING
 
     def save_and_leave(self) -> str | None:
@@ -287,13 +287,16 @@ class SlicedTrial(tune.Trainable):
 
     def _enter(self) -> Trial:
         mine = self._assignment
-        self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
-        self._place.claim(mine.sweep_id)
-        self._begin_attempt()
-        self._place.pull_log(self._directory / tracking.ROWS)
-        self._place.pull_checkpoints(self._directory)
+        if not self._looked:
+            self._place.pull_file(self._place.paths.spec)  # makes this copy one that `sweep.sync` knows
+            self._place.claim(mine.sweep_id)
+            self._begin_attempt()
+            self._place.pull_log(self._directory / tracking.ROWS)
+            self._place.pull_checkpoints(self._directory)
         try:
-            found = checkpoint.newest(self._directory, self._notes.append)
+            if not self._looked:  # else there was no room, and nothing has changed
+                self._found, self._looked = checkpoint.newest(self._directory, self._notes.append), True
+            found = self._found
             if found is not None:
                 # The driver may not have got to know of the slice that led there.
                 costs = mine.cost, Cost(**json.loads((found.path / COST).read_text()))
@@ -384,6 +387,8 @@ class SlicedTrial(tune.Trainable):
                 self._notes.append(f"{self._place.url} did not take the last rows of a trial: {error}")
         if trial is not None:
             trial.close()
+        elif self._assignment.engine is not None:  # it may be waiting for room there
+            self._assignment.engine.call.remote("forget", self._assignment.number)
 
 
 def _summary(trial: Trial, evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:

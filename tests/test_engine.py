@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -280,6 +281,10 @@ def test_one_that_does_not_fit_beside_the_others_waits_for_one_to_end(engine, ti
     engine.close("first 1")
     with pytest.raises(NoRoomYet):  # it is the turn of the one that waits
         engine.start("trial 1", 1, configs[1], job, None)
+    engine.start("trial 0", 0, configs[0], job, None)
+    with pytest.raises(NoRoomYet):  # two fit beside each other
+        engine.start("trial 1", 1, configs[1], job, None)
+    engine.close("trial 0")
     engine.close("first 2")
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(drive_on, range(3)))
@@ -299,17 +304,53 @@ def test_one_that_does_not_fit_at_all_cannot_give_way(engine, tiny, monkeypatch)
 
 def test_one_that_waits_and_is_wanted_no_more_keeps_nobody_waiting(engine, tiny, monkeypatch):
     make_room_for(0, monkeypatch)
-    for number, key in enumerate("ab"):
+    for number, key in enumerate("abc"):
         engine.start(key, number, CONFIG, tiny, None)
     with pytest.raises(OutOfMemory):
         engine.advance("a", 0.0)
     assert engine.give_way("a")
-    monkeypatch.undo()
-    monkeypatch.setattr(engine, "_seats", 9)
+    engine.close("c")
     with pytest.raises(NoRoomYet):
-        engine.start("c", 2, CONFIG, tiny, None)
+        engine.start("d", 3, CONFIG, tiny, None)
     engine.forget(0)
-    engine.start("c", 2, CONFIG, tiny, None)
+    engine.start("d", 3, CONFIG, tiny, None)
+
+
+@pytest.mark.parametrize(("trials", "room"), [(2, 1), (3, 2), (4, 3), (4, 1)])
+def test_all_that_do_not_fit_together_come_to_their_end(engine, tiny, monkeypatch, trials, room):
+    """All of them tell at the same time that memory ran out; none is blamed."""
+    job = replace(tiny, budget=steps(4, 1))
+    configs = [config(seed=seed) for seed in range(trials)]
+    label_losses = bases.label_losses
+
+    def scarce(*given):
+        if len(engine._members) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(*given)
+
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    all_here = threading.Barrier(trials)
+
+    def drive_on(number: int) -> list[Step]:
+        key = f"trial {number}"
+        engine.start(key, number, configs[number], job, None)
+        all_here.wait()
+        while True:
+            try:
+                engine.advance(key, 0.0)
+                return drive(engine, number, configs[number], job)[0]
+            except NoRoomYet:
+                time.sleep(0.05)
+            except OutOfMemory:
+                time.sleep(0.2)  # a checkpoint, and the way through Ray
+                assert engine.give_way(key)
+            except Forgotten:
+                with suppress(NoRoomYet):
+                    engine.start(key, number, configs[number], job, None)
+
+    with ThreadPoolExecutor(trials) as pool:
+        assert [len(done) for done in pool.map(drive_on, range(trials))] == [4] * trials
+    assert not engine._gave_way
 
 
 @pytest.mark.parametrize("where", ["step", "save", "close"])
@@ -333,11 +374,20 @@ def test_a_lost_device_ends_the_process_and_blames_nobody(tiny, tmp_path, monkey
         "close": (trial, "close", lambda: engine.close("a")),
     }
     owner, name, call = calls[where]
+    told: list[str] = []
+
+    def ask() -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            told.append(str(error))
+
     with monkeypatch.context() as context:
         context.setattr(owner, name, lost)
-        threading.Thread(target=call, daemon=True).start()
+        threading.Thread(target=ask, daemon=True).start()
         assert ended.wait(30)
     trial.close()
+    assert told == ["CUDA error: unspecified launch failure"]
 
 
 def test_an_error_is_told_to_its_trial_alone(engine, tiny, monkeypatch):

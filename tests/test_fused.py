@@ -105,7 +105,7 @@ def test_what_is_no_number_stays_so(name, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_that_of_torch(dtype, device, monkeypatch):
     """Of doubtful and of confident tokens, few at a time: labels whose loss is nearly none have a gradient, too."""
-    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 3 * 320)
+    monkeypatch.setattr(fused, "FP32_LOGITS", 3 * 320)
     torch.manual_seed(0)
     logits = torch.randn(8, 320, device=device) - 100
     labels = torch.arange(8, device=device)

@@ -148,7 +148,7 @@ def test_weights_stored_in_another_4_bit_type_are_refused(llama, tmp_path, loads
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine on which torch finds no GPU")
 def test_a_gpu_that_torch_does_not_find_is_not_replaced_by_the_cpu(llama, monkeypatch):
-    for none in ("", "-1"):
+    for none in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         model.check_device()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")

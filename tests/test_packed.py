@@ -438,7 +438,7 @@ def test_dropout_on_a_gpu_is_that_on_a_cpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_wait_for_no_device(pack):
-    """A pass of all layers, forward and backward, is handed to the device without a look at what comes of it."""
+    """A backward pass through all layers is handed to the device without a look at what comes of it."""
     trials = pack([config(seed=seed, dropout=0.1) for seed in (1, 2)]).trials
     turn(trials)
     works = [trial.micro_batches(trial.next_rows())[0] for trial in trials]

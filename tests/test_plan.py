@@ -89,7 +89,7 @@ def test_bytes_of_adapter_and_optimizer(models, target_modules):
 def test_bytes_of_activations(models, inputs, tmp_path, monkeypatch, name, logits):
     """What autograd keeps of a real forward pass, whether logits are taken at once or one or two labels at a time."""
     for module in (fused, memory):
-        monkeypatch.setattr(module, "LABELLED_AT_ONCE", logits)
+        monkeypatch.setattr(module, "LOGITS", logits)
     config = QLoRAConfig(r=8, compute_dtype="fp32", dropout=0.0, batch_size=5)
     rows = DataConfig(train=f"{inputs}/train.jsonl", validation=0.2, max_length=64)
     train = data.load(data.prepare(rows, models[name], tmp_path).path).train

@@ -253,7 +253,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(tiny):
 
 def test_loss_in_chunks(tiny, monkeypatch):
     whole = run(CONFIG, tiny)
-    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 320 * 5)
+    monkeypatch.setattr(fused, "FP32_LOGITS", 320 * 5)
     for ours, theirs in zip(whole, run(CONFIG, tiny), strict=True):
         assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
 
@@ -278,7 +278,7 @@ def heads_rows(config: QLoRAConfig, job: Job, monkeypatch: pytest.MonkeyPatch) -
 def test_logits_of_few_labels_at_a_time(tiny, monkeypatch, change):
     config = CONFIG.model_copy(update=change)
     whole, expected = heads_rows(config, tiny, monkeypatch)
-    monkeypatch.setattr(fused, "LABELLED_AT_ONCE", 320 * 3)
+    monkeypatch.setattr(fused, "LOGITS", 320 * 3)
     parts, found = heads_rows(config, tiny, monkeypatch)
     assert max(whole) > 3 >= max(parts)
     for ours, theirs in zip(found, expected, strict=True):
@@ -303,19 +303,30 @@ def test_logits_in_parts_are_those_of_the_model(config):
         (np.arange(5, dtype=np.int32), np.ones(5, np.bool_)),
     ]
     batch = base.collate(rows, 0, torch.device("cpu"))
+    theirs.requires_grad_(False)
+    embedded: list[torch.Tensor] = []
+    theirs.get_input_embeddings().register_forward_hook(
+        lambda _, ids, found: embedded.append(found.detach().requires_grad_()) or embedded[-1]
+    )
     decoder = base.decoder_of(theirs)
     assert decoder is not None
-    expected = base.label_losses(theirs, batch)
-    found = base.label_losses_in_parts(theirs, decoder, batch, 4)
-    assert torch.allclose(found, expected, atol=1e-6)
+    weights = torch.linspace(1, 2, len(batch.labels))
+    values, gradients = [], []
+    for parts in (False, True):
+        found = base.label_losses_in_parts(theirs, decoder, batch, 4) if parts else base.label_losses(theirs, batch)
+        values.append(found.detach())
+        gradients.append(torch.autograd.grad((found * weights).sum(), embedded[-1])[0])
+    assert torch.allclose(*values, atol=1e-6)
+    assert torch.linalg.vector_norm(gradients[1] - gradients[0]) <= 1e-5 * torch.linalg.vector_norm(gradients[0])
     assert "forward" not in vars(decoder)
 
 
 def test_a_model_whose_logits_are_made_of_something_else_has_them_at_once(tiny, monkeypatch):
     theirs = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=320, hidden_size=64, num_attention_heads=4))
-    monkeypatch.setattr(PreTrainedModel, "get_decoder", lambda self: self.model)  # of which it asks a part
-    assert base.decoder_of(theirs) is None
-    monkeypatch.setattr(fused, "LABELLED_AT_ONCE", 320 * 3)
+    for other in (lambda self: self.model, lambda self: self):  # of which it asks a part, or that is no decoder
+        monkeypatch.setattr(PreTrainedModel, "get_decoder", other)
+        assert base.decoder_of(theirs) is None
+    monkeypatch.setattr(fused, "LOGITS", 320 * 3)
     monkeypatch.setattr(base, "decoder_of", lambda of: None)
     monkeypatch.setattr(model, "_warm", {})
     rows, _ = heads_rows(CONFIG, tiny, monkeypatch)

@@ -40,11 +40,11 @@ def locate(model: str, tell: Tell, *decides: object) -> CachedBase | None:
     try:
         directory = check_model(model) if is_hub_id(model) else Path(model)
         config = (directory / "config.json").read_text(encoding="utf-8")
-        writing = directory / "generation_config.json"  # a base has its settings: with which token an answer ends
-        settings = writing.read_text(encoding="utf-8") if writing.exists() else None
         if '"quantization_config"' in config:
             return None
         revision = directory.name if is_hub_id(model) else None
+        writing = directory / "generation_config.json"  # a base has its settings: with which token an answer ends
+        settings = writing.read_text(encoding="utf-8") if revision is None and writing.exists() else None
         bases = home() / "bases"
         bases.mkdir(parents=True, exist_ok=True)
         if not any(path.is_dir() for path in bases.glob("?" * 64)):  # else weights would be hashed for nothing

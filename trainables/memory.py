@@ -25,7 +25,7 @@ from trainables.data import Rows
 from trainables.model import DTYPES, device, memory_of, product_dtype, targets
 from trainables.packed.adapter import Layers
 from trainables.packed.base import Batch, label_losses
-from trainables.packed.fused import LABELLED_AT_ONCE, LOGITS_AT_ONCE, fuse, fusible
+from trainables.packed.fused import FP32_LOGITS, LOGITS, fuse, fusible
 from trainables.packed.layers import LowRank, PackedLinear, Part, Plan
 
 PROCESS = {"cpu": 600_000_000, "cuda": 2**29}
@@ -147,7 +147,7 @@ def estimate(
     found = shapes(model)
     adapted = targets(found.layers, model, config.target_modules)
     dtype, of_products = DTYPES[config.compute_dtype], product_dtype(config.compute_dtype, on or device())
-    together = min(labels, max(1, LABELLED_AT_ONCE // found.vocabulary))
+    together = min(labels, max(1, LOGITS // found.vocabulary))
     logits = found.vocabulary * together * dtype.itemsize
     kept = _kept(model, dtype, of_products, config.r, tuple(adapted), rows, width, together)
     in_parts = together < labels  # then logits pass, and kept is the gradient of what they are made of
@@ -157,7 +157,7 @@ def estimate(
         of_products.itemsize * (inputs * outputs + rows * width * (inputs + 2 * outputs))
         for _, inputs, outputs in found.layers.values()
     )
-    at_once = min(together, max(1, LOGITS_AT_ONCE // found.vocabulary))
+    at_once = min(together, max(1, FP32_LOGITS // found.vocabulary))
     of_loss = logits + found.vocabulary * 2 * at_once * 4
     if in_parts or config.gradient_checkpointing:
         of_loss += logits

@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -45,8 +46,8 @@ def device() -> torch.device:
 
 def check_device() -> None:
     """Raises OSError when this process was given a GPU that torch does not find: the CPU would take its place."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given not in (None, "", "-1") and not torch.cuda.is_available():
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if re.match(r"\d|GPU-|MIG-", given) and not torch.cuda.is_available():
         raise OSError(
             f"torch {torch.__version__} finds no GPU, though this process was given one (CUDA_VISIBLE_DEVICES is"
             f" {given}); install a build of torch for CUDA, see whether nvidia-smi answers, or set resources.gpus: 0"
@@ -216,11 +217,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device ran out of memory, which not all libraries say in torch's way."""
     said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
-
-
-def device_is_lost(error: Exception) -> bool:
-    """Whether nothing works in this process any more, as after errors of CUDA other than a lack of memory."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
 
 
 def targets(layers: Layers, called: str, target_modules: str | tuple[str, ...]) -> Layers:

@@ -60,11 +60,17 @@ class OutOfMemory(RuntimeError):
 
 
 class NoRoomYet(MemoryError):
-    """There is no room for the base of a trial beside those of others, which will end."""
+    """There is no room for a trial beside those of others, which will end."""
 
 
 class Forgotten(LookupError):
     """The engine does not have the trial, or no longer."""
+
+
+def loses_device(error: object) -> bool:
+    """Whether nothing works in this process any more, as after errors of CUDA other than a lack of memory."""
+    said = str(error)
+    return isinstance(error, RuntimeError) and "CUDA error" in said and "out of memory" not in said
 
 
 @dataclass(frozen=True)

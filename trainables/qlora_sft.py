@@ -116,7 +116,6 @@ class QLoRATrial:
         self.base = model.base(job.model, config.quant_type, config.compute_dtype, config.double_quant)
         layers = model.targets(self.base.layers, job.model, config.target_modules)
         self.adapter = Adapter(config, layers, self.device, self.base.model.dtype)
-        self.adapter.begin()
         self.banner = model.banner(self.base, self.adapter)
         self.answers: Answers | None = None
         self.writing: Iterator[int] | None = None
@@ -125,7 +124,14 @@ class QLoRATrial:
             self.answers = Answers(Path(job.tokens), self.validation, self.base, self.pad, job.completions)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.base.seat(self.adapter)
+        self.base.seat(self.adapter)  # before `begin`: bitsandbytes never gives paged memory back
+        try:
+            self.adapter.begin()
+            if checkpoint is not None and self.step:
+                self.adapter.set_moments(load_file(checkpoint.path / STATE))
+        except Exception:
+            self.base.dismiss(self.adapter)
+            raise
         self.closed = False
 
     def advance(self, seconds: float) -> Slice:
@@ -270,8 +276,6 @@ class QLoRATrial:
                 raise ValueError(f"checkpoint {checkpoint.path} has {name} {facts[name]}, this trial has {ours}")
         self.step, self.evaluations = checkpoint.step, checkpoint.evaluations
         set_weights(self.adapter, load_file(checkpoint.path / ADAPTER))
-        if self.step:
-            self.adapter.set_moments(load_file(checkpoint.path / STATE))
 
     def close(self) -> None:
         if not self.closed:

@@ -24,14 +24,17 @@ import torch
 from trainables import qlora_sft
 from trainables.checkpoint import Checkpoint
 from trainables.config import QLoRAConfig
-from trainables.model import base, device_is_lost
+from trainables.model import base
 from trainables.packed.base import Base
 from trainables.packed.measure import measure
 from trainables.packed.slots import Measured
-from trainables.protocol import Forgotten, Job, NoRoomYet, OutOfMemory, Slice, Started
+from trainables.protocol import Forgotten, Job, NoRoomYet, OutOfMemory, Slice, Started, loses_device
 from trainables.qlora_sft import QLoRATrial, turn
 
 T = TypeVar("T")
+
+TELLING_SECONDS = 1.0
+"""How long a process that cannot go on lives yet, so that callers get to know why."""
 
 
 @dataclass
@@ -67,8 +70,9 @@ class Engine:
         self._members: dict[str, Member] = {}
         self._notes: list[str] = []
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
-        self._waiting: list[int] = []  # trials that gave way, by number
-        self._seats = math.inf  # so many trials fit beside each other, each with a micro-batch that cannot be smaller
+        self._gave_way: dict[
+            int, int
+        ] = {}  # trials that did, by number, and how many may be here with each, it included
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -88,18 +92,24 @@ class Engine:
 
         def call() -> Started:
             self._close(lambda member: member.number == number)
-            not_its_turn = len(self._members) >= self._seats or self._waiting[:1] not in ([], [number])
-            if self._members and not_its_turn:
+            present = {member.number for member in self._members.values()}
+            waiting = [other for other in self._gave_way if other not in present]
+            most = min(
+                (self._gave_way[other] for other in {*present, number} & self._gave_way.keys()), default=math.inf
+            )
+            if present and (len(present) >= most or waiting[:1] not in ([], [number])):
                 raise NoRoomYet("it does not fit beside the trials that are here")
+            full = None
             try:
                 trial = qlora_sft.start(config, job, checkpoint)
             except MemoryError as error:
-                if self._members:
-                    raise NoRoomYet(str(error)) from None
-                raise
+                if not present:
+                    raise
+                full = str(error)  # the error itself holds on to the tensors of its frames
+            if full is not None:
+                raise NoRoomYet(full)
             assert isinstance(trial, QLoRATrial)
             self._members[key] = Member(number, trial)
-            self._waiting = [other for other in self._waiting if other != number]
             self._most.clear()
             return Started(trial.total_steps, trial.step, trial.evaluations, trial.banner)
 
@@ -134,20 +144,17 @@ class Engine:
         self._called(lambda: self._member(key).trial.save(directory))
 
     def give_way(self, key: str) -> bool:
-        """Close a trial that does not fit beside the others, to be started again when one of them has ended.
+        """Close a trial that did not fit beside the others, to be started again when there is room for it.
 
-        False, and nothing is done, when there are no others: then it does not fit at all.
+        False, and nothing is done, when it was alone: then it does not fit at all.
         """
 
         def call() -> bool:
             member = self._member(key)
-            others = len(self._members) - 1
-            if not others:
-                self._seats = math.inf  # it was not the others' number
+            if member.crowd == 1:
                 return False
-            if len(self._members) >= member.crowd:  # else another one has given way meanwhile, and it may try again
-                self._seats = others
-                self._waiting.append(member.number)
+            if len(self._members) >= member.crowd:  # else others have left meanwhile, and it may try again at once
+                self._gave_way[member.number] = member.crowd - 1
             self._close(lambda each: each is member)
             return True
 
@@ -155,16 +162,20 @@ class Engine:
 
     def close(self, key: str) -> None:
         """End the trial, if it is there."""
-        self._called(lambda: self._close(lambda member: member is self._members.get(key)))
+
+        def call() -> None:
+            if key in self._members:
+                self._end(self._members[key].number)
+
+        self._called(call)
 
     def forget(self, number: int) -> None:
         """End the trial of this number, if it is there or waits: the process that asked for it may have been killed."""
+        self._called(lambda: self._end(number))
 
-        def call() -> None:
-            self._waiting = [other for other in self._waiting if other != number]
-            self._close(lambda member: member.number == number)
-
-        self._called(call)
+    def _end(self, number: int) -> None:
+        self._gave_way.pop(number, None)
+        self._close(lambda member: member.number == number)
 
     def _member(self, key: str) -> Member:
         if key not in self._members:
@@ -179,9 +190,9 @@ class Engine:
             try:
                 future.set_result(call())
             except Exception as error:
-                if device_is_lost(error):
-                    raise
                 future.set_exception(error)  # it is the caller's
+                if loses_device(error):
+                    raise
 
         self._calls.put(answer)
         return future.result()
@@ -197,8 +208,12 @@ class Engine:
     def _work(self) -> None:
         try:
             self._work_on()
-        except BaseException:  # noqa: BLE001 - nobody would answer any more: callers learn that the process is gone
+        except BaseException as error:  # noqa: BLE001 - nobody would answer any more: callers learn that
             traceback.print_exc()
+            for member in self._members.values():
+                if member.asked is not None:
+                    member.asked.set_exception(error)
+            time.sleep(TELLING_SECONDS)
             os._exit(1)
 
     def _work_on(self) -> None:
@@ -242,7 +257,7 @@ class Engine:
         except OutOfMemory as error:
             failure: Exception = OutOfMemory(str(error))  # the error itself holds on to the tensors of its frames
         except Exception as error:  # it is the trial's, whose process decides
-            if device_is_lost(error):
+            if loses_device(error):
                 raise
             failure = error.with_traceback(None)
         if len(group) == 1:

@@ -19,10 +19,10 @@ from transformers.activations import SiLUActivation
 
 from trainables.packed.kernels import kernel
 
-LOGITS_AT_ONCE = 2**24
-"""Logits that are held in fp32 at the same time (64 MiB) while the loss is taken."""
-LABELLED_AT_ONCE = 2**27
-"""Logits that exist at the same time, in the data type of the model (256 MiB in bf16), and their gradients."""
+LOGITS = 2**27
+"""Logits that exist at the same time, in the model's data type: 256 MiB in bf16, and as much for their gradients."""
+FP32_LOGITS = 2**24
+"""Those of them that are held in fp32 at the same time (64 MiB) while the loss is taken."""
 Operation = Callable[[Any, Tensor], Tensor]
 """What a module computes."""
 
@@ -147,7 +147,7 @@ class _Gate(torch.autograd.Function):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        ctx.at_once = max(1, FP32_LOGITS // logits.shape[-1])
         highest = logits.amax(1, keepdim=True).float()
         sums = [
             (some - most).exp_().sum(1)

@@ -13,7 +13,7 @@ from trainables.protocol import Budget, Cost, Job, NoRoomYet, Trial
 
 @pytest.fixture
 def process(tmp_path) -> SlicedTrial:
-    """Of a trial that has taken some steps, with a micro-batch of one row."""
+    """Of a trial that has taken a step since its last checkpoint, with a micro-batch of one row."""
     place = Place(str(tmp_path))
     place.paths.lock_holder.write_text("me")
     place.paths.spec.write_text("name: toy")
@@ -22,7 +22,8 @@ def process(tmp_path) -> SlicedTrial:
     mine = Assignment(0, "toy", config, job, Lease(place, "me"), -1, Cost(), 1, tracked, "abcd", (), 5.0, engine=None)
     made = object.__new__(SlicedTrial)
     made.setup({"assignment": mine})
-    made._advance()
+    made._trial = made._enter()
+    made._trial.advance(0.0)
     return made
 
 
@@ -37,6 +38,7 @@ def packed(trial: Trial, gives_way: bool) -> PackedTrial:
 def test_one_that_gave_way_waits_and_goes_on_from_there(process, monkeypatch):
     step = process._trial.step
     assert step > 0
+    assert checkpoint.newest(process._directory) is None
     process._trial = packed(process._trial, gives_way=True)
     assert process._make_room("CUDA out of memory") is NOTHING
     assert process._notes == ["trial   0 does not fit into memory beside the others: it waits for room"]

@@ -377,6 +377,7 @@ class SlicedTrial(tune.Trainable):
         """End the run and give the trial's memory back; nothing when that was done."""
         run, self._run = self._run, None
         trial, self._trial = self._trial, None
+        waits, self._looked = trial is None and self._looked, False
         if run is not None:
             facts = {} if trial is None else _summary(trial, self._evaluations, self._assignment)
             tracking.finish(run, state, facts | {"stop_reason": reason})
@@ -387,7 +388,7 @@ class SlicedTrial(tune.Trainable):
                 self._notes.append(f"{self._place.url} did not take the last rows of a trial: {error}")
         if trial is not None:
             trial.close()
-        elif self._assignment.engine is not None:  # it may be waiting for room there
+        elif waits and self._assignment.engine is not None:  # for room there
             self._assignment.engine.call.remote("forget", self._assignment.number)
 
 

@@ -1,5 +1,8 @@
 """The process of a trial whose memory runs out, without Ray: a toy in the place of what an engine trains."""
 
+from dataclasses import replace
+from unittest.mock import Mock
+
 import pytest
 
 from sweep import tracking, trainable
@@ -56,6 +59,19 @@ def test_one_that_gave_way_waits_and_goes_on_from_there(process, monkeypatch):
     slice_ = process._advance()
     assert slice_.steps[0].step == step + 1
     assert len(looks) == 1  # checksums of gigabytes
+
+
+def test_an_engine_forgets_one_that_ends_while_it_waits(process, monkeypatch):
+    """Not one that has ended before: it may be back by then, in another process."""
+    process._assignment = replace(process._assignment, engine=Mock())
+    process._trial = packed(process._trial, gives_way=True)
+    process._make_room("CUDA out of memory")
+    monkeypatch.setattr(process, "_start", Mock(side_effect=NoRoomYet("full")))
+    with pytest.raises(NoRoomYet):
+        process._advance()
+    process.conclude("stopped", "by hand")
+    process.cleanup()
+    process._assignment.engine.call.remote.assert_called_once_with("forget", 0)
 
 
 @pytest.mark.parametrize("in_engine", [True, False])

@@ -184,7 +184,8 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
     result = UNSCORED if entry.unscored else f"validation loss {best.loss:.4f}"
     if merge:
         loss = export_merged(sweep.ledger, to, model, named, tokens, entry, best)
-        result += "" if loss is None else f" with the base in 4 bits, {loss:.4f} merged in bf16"
+        if loss is not None and best.loss is not None:
+            result += f" with the base in 4 bits, {loss:.4f} merged in bf16 ({loss - best.loss:+.4f})"
     else:
         export(sweep.ledger, to, named, tokens / data.TOKENIZER, entry, best)
     if best.objective is not None and not entry.criterion.is_loss:
@@ -194,8 +195,9 @@ def take_home(sweep: Status, number: int | None = None, *, merge: bool = False, 
 
 def chosen(place: Place, entries: Sequence[Entry], number: int | None) -> tuple[Entry, checkpoint.Checkpoint]:
     """A trial, or the best one, and its best checkpoint. Raises `NotKept`."""
-    if number is not None and not any(entry.number == number for entry in entries):
-        raise NotKept(f"there is no trial {number}; {place.url} has {counted(len(entries), 'trial')}")
+    numbers = [entry.number for entry in entries]
+    if number is not None and number not in numbers:
+        raise NotKept(f"there is no trial {number}; {place.url} has {', '.join(map(str, numbers)) or 'none'}")
     complaints: list[str] = []
     asked = [entry for entry in entries if number in (None, entry.number)]
     wanted = [entry for entry in asked if entry.best or entry.unscored]

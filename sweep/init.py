@@ -19,6 +19,8 @@ LONGEST = 4096
 """Tokens of a row at most, unless the user says otherwise: memory grows with the longest row."""
 ENOUGH = 50
 """Validation rows, where a fifth of the rows are as many: losses on fewer differ by chance."""
+FEWEST = 5
+"""Steps between two evaluations: after fewer, warm-up has hardly let a trial learn."""
 HIGHEST_RANK = 64
 SHARE = 0.9
 """Of a device's memory that a trial may take."""
@@ -51,6 +53,8 @@ def starter(model: str, train: str, file: Path) -> str:
         width = min(batch[1], max_length)
         config = _fitting(memory, model, config, width, min(batch[2] / batch[0], width - 1), int(SHARE * room))
     epochs = 3 if count < 2000 else 2 if count < 20000 else 1
+    steps = epochs * -(-int((1 - validation) * count) // config.batch_size)
+    evaluations = max(2, min(9, steps // FEWEST))
     large, small = parameters > 30e9, parameters < 1e9
     if small:
         rates = "{min: 1e-4, max: 5e-3, log: true}"
@@ -71,9 +75,9 @@ data:
   validation: {validation:g} # of the rows, split off by seed; or a file of its own
   max_length: {max_length} # tokens; longer rows are cut off
 
-budget: {{epochs: {epochs}, evaluations: 9}}
+budget: {{epochs: {epochs}, evaluations: {evaluations}}} # {steps:,} steps
 search: {{trials: 24}}
-early_stopping: {{grace: 1, reduction: 3}} # trials that look poor after a ninth of the budget end there
+early_stopping: {{grace: 1, reduction: 3}} # trials that look poor at the first evaluation end there
 
 space:
   # [QLoRA] found the rank to matter little once every linear layer has an adapter; small ones cost less memory.

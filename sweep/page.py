@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from sweep import figures, findings, report, tracking, verification
 from sweep.early_stopping import rungs
+from sweep.requests import enqueued
 from sweep.spec import SweepSpec, dump, portable
 from sweep.status import Status, rows_of
 from sweep.study import MACHINES, PROGRAM, STATES, Entry, ranking
@@ -96,6 +97,7 @@ def render(status: Status, rows: Mapping[int, Sequence[Row]], notes: Sequence[st
         versions=status.ledger.noted("environment") or {},
         machines=status.ledger.noted(MACHINES) or [],
         inputs=status.ledger.noted("inputs") or {},
+        enqueued=len(enqueued(status.ledger)),
         commands=list(_commands(status, f"{elsewhere.storage}/{elsewhere.name}")),
         portable=dump(elsewhere),
         plotlyjs=get_plotlyjs(),

@@ -76,9 +76,11 @@ class Place:
 
     def no_sweep(self, why: str = "") -> str:
         """That there is none, and what to do."""
+        there = self.is_remote or Path(self.url).exists()
+        what = f"{self.url} {'holds no sweep' if there else 'does not exist'}{why}"
         return (
-            f"{self.url} holds no sweep{why}; name the directory of one, which has a space.yaml, like sweeps/pricer, or"
-            " begin one: python -m sweep run space.yaml"
+            f"{what}; name the directory of one, which has a space.yaml, like sweeps/pricer, or begin one:"
+            " python -m sweep run space.yaml"
         )
 
     def push(self, path: Path, confirm: Callable[[], object] = lambda: None) -> None:

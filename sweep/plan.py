@@ -1,6 +1,7 @@
 """What a sweep would do, before anything is started: data, steps, early stopping, memory, and configurations."""
 
 import importlib
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from sweep.early_stopping import survivors
 from sweep.opening import check_spec, surroundings
 from sweep.place import Place
 from sweep.progress import terminal, to_verify
-from sweep.spec import Packing, SweepSpec
+from sweep.spec import EarlyStopping, Packing, SweepSpec
 from sweep.study import Ledger, Observation, SpaceExhausted, as_trial, first_params, propose, sample
 from sweep.tracking import described
 from sweep.validation import Refused
@@ -96,6 +97,11 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
             what = ""
 
     console.print(f"Plan of {spec.name}: nothing was started.", highlight=False)
+    if place.paths.spec.exists():
+        say(
+            "there", [f"{place.shown} is this sweep already, and `run` goes on with it ({place.command('status')} says"]
+        )
+        say("", ["how it stands); below is what it would be from its beginning"])
     configs = sample(spec.space, SAMPLED, spec.search.seed)
     if spec.trainable == "toy":
         if probe:
@@ -117,6 +123,8 @@ def show(spec: SweepSpec, console: Console | None = None, *, probe: bool = False
                     _try_objective(spec, spec.metric, prepared.path)
             say("data", [*_data(prepared), *prepared.notes])
             say("steps", _steps(spec.budget.per_trial, configs, len(train)))
+            rule = spec.early_stopping or None
+            say("", _too_early(spec.budget.per_trial, rule, configs, len(train)))
             say("trials", _trials(spec, prepared.rows["validation"]))
             shapes, on = memory.shapes(spec.model), memory.device_of(spec.resources.gpus)
             say("base", _base(memory, spec.model, configs, shapes.parameters))
@@ -204,6 +212,20 @@ def _steps(budget: Budget, configs: Sequence[QLoRAConfig], rows: int) -> Iterato
         scored = f"validation after {shown}" if at else "no validation, its rows are trained on, too"
         of = f"{batch_size} rows" if batch_size <= rows else f"all {rows} rows (batch_size {batch_size} is more)"
         yield f"{steps:,} of {of} are {epochs:.2f} epochs; {scored}"
+
+
+def _too_early(budget: Budget, rule: EarlyStopping | None, configs: Sequence[QLoRAConfig], rows: int) -> Iterator[str]:
+    """Where early stopping would compare trials that have not learned yet."""
+    for batch_size in sorted({config.batch_size for config in configs}):
+        steps = budget.total_steps(rows, batch_size)
+        warm_up = max(math.ceil(config.warmup_ratio * steps) for config in configs if config.batch_size == batch_size)
+        if rule and rule.grace <= budget.evaluations:
+            first = budget.evaluation_steps(steps)[rule.grace - 1]
+            if first <= warm_up:
+                yield (
+                    f"early stopping looks after step {first} for the first time, and the learning rate of some rises"
+                    f" from 0 until step {warm_up}: set fewer budget.evaluations, or a later early_stopping.grace"
+                )
 
 
 def _trials(spec: SweepSpec, validation: int | None = None) -> Iterator[str]:

@@ -111,7 +111,7 @@ def obstacle(request: Request, ledger: Ledger, space: Space, evaluations: int) -
     if request.verb == "pause":
         return None
     if request.trial not in entries:
-        return f"there is no trial {request.trial}, but {len(entries)} others"
+        return f"there is no trial {request.trial}; it has {', '.join(map(str, entries)) or 'none'}"
     entry = entries[request.trial]
     if entry.state is TrialState.RUNNING and entry.reported >= evaluations:  # its driver was killed before it ended it
         return f"trial {entry.number} has used its whole budget"
@@ -120,6 +120,8 @@ def obstacle(request: Request, ledger: Ledger, space: Space, evaluations: int) -
 
 
 def _state(entry: Entry) -> str:
+    if entry.state is TrialState.RUNNING:
+        return "running, or goes on with the next run"
     return STATES[entry.state] + (f" ({entry.reason})" if entry.reason else "")
 
 

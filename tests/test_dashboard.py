@@ -125,7 +125,7 @@ def test_what_cannot_be_served(sweep, tmp_path, monkeypatch):
         assert told.exit_code == 2, told.output
         return told.stderr
 
-    assert "holds no sweep; name the directory of one" in refused(str(tmp_path / "nowhere"))
+    assert "does not exist; name the directory of one" in refused(str(tmp_path / "nowhere"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert refused(str(sweep), "--port", port) == f"--port {port}: Address already in use; name another one\n"

@@ -34,6 +34,7 @@ def test_what_is_written_runs(inputs, tmp_path):
     assert "64 rows, the longest has" in text
     assert "validation: 0.2 # of the rows" in text
     assert "gradient_checkpointing: false" in text
+    assert "budget: {epochs: 3, evaluations: 4} # 21 steps" in text
     again = init(tmp_path, str(inputs / "llama"), "2024.jsonl")
     assert again.returncode == 2
     another = f"python -m sweep init {inputs}/llama 2024.jsonl space-2.yaml"

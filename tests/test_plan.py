@@ -213,6 +213,19 @@ def test_steps_of_more_rows_than_there_are():
     assert whole == "6 of all 270 rows (batch_size 400 is more) are 6.00 epochs; validation after 3, 6"
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "grace", "ratios", "warned"),
+    [(9, 1, (0.0, 0.1), True), (9, 2, (0.0, 0.1), False), (3, 1, (0.0, 0.1), False), (9, 1, (0.0, 0.0), False)],
+)
+def test_early_stopping_before_anything_is_learned(evaluations, grace, ratios, warned):
+    """9 steps, of which the first has a learning rate of 0 with any warm-up."""
+    configs = [QLoRAConfig(warmup_ratio=ratio) for ratio in ratios]
+    rule = EarlyStopping(grace=grace)
+    said = list(plans._too_early(Budget(3, None, evaluations), rule, configs, 24))
+    assert [line.startswith("early stopping looks after step 1 for the first time") for line in said] == [True] * warned
+    assert list(plans._too_early(Budget(3, None, evaluations), None, configs, 24)) == []
+
+
 def test_more_cores_than_there_are():
     assert list(plans._too_many(2, 2)) == []
     assert list(plans._too_many(64, 2)) == ["trials ask for 64 cores, and this machine has 2: `run` would refuse here"]

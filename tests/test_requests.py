@@ -339,9 +339,12 @@ def test_a_trial_that_has_used_its_budget_is_complete_whatever_was_asked(sweep):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("stop", "--trial", 7), "there is no trial 7, but 3 others; a trial can be stopped until it ends"),
+        (("stop", "--trial", 7), "there is no trial 7; it has 0, 1, 2; a trial can be stopped until it ends"),
         (("stop", "--trial", 0), "trial 0 is complete; a trial can be stopped until it ends"),
-        (("revive", "--trial", 2), "trial 2 is running; a trial can be revived that was stopped"),
+        (
+            ("revive", "--trial", 2),
+            "trial 2 is running, or goes on with the next run; a trial can be revived that was stopped",
+        ),
         (("revive", "--trial", 0), "trial 0 is complete; a trial can be revived that was stopped"),
         (("enqueue", "r=5"), "r: received 5, should be 4, 8, 16 or 32"),
         (("enqueue", "rank=8"), "rank: unknown key; did you mean r?"),

@@ -428,7 +428,8 @@ def test_wrong_directories(sweep: Path, server: WandbServer, tmp_path: Path) -> 
     for wrong in (tmp_path / "nowhere", tmp_path, sweep / "space.yaml"):
         refused = run(wrong)
         assert refused.exit_code == 2
-        assert refused.stderr.startswith(f"{wrong} holds no sweep; ")
+        what = "holds no sweep" if wrong.exists() else "does not exist"
+        assert refused.stderr.startswith(f"{wrong} {what}; name the directory of one")
     nothing = run(sweep)
     assert (nothing.exit_code, nothing.stderr) == (0, "")
     assert nothing.stdout == (

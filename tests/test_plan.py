@@ -355,3 +355,14 @@ def test_trials_that_get_no_gpu_are_planned_for_the_cpu(inputs, tmp_path, monkey
     space.write_text(SPEC.format(inputs=inputs))
     assert re.search(r"memory +a CPU with .*\n.*the driver and Ray 0.5\n", planned(space).stdout)
     assert re.search(r"memory +an H100 with 80.5 GB free", planned(space, "resources.gpus=0.5").stdout)
+
+
+def test_a_sweep_that_is_there_already(space, monkeypatch):
+    monkeypatch.chdir(space.parent)
+    assert "is this sweep already" not in planned(space).stdout
+    recorded = space.parent / "sweeps/toy"
+    recorded.mkdir(parents=True)
+    (recorded / "space.yaml").write_text(dump(load(space)))
+    told = planned(space)
+    assert "there    sweeps/toy is this sweep already, and `run` goes on with it" in told.stdout
+    assert "python -m sweep status" in told.stdout

@@ -70,9 +70,8 @@ class Engine:
         self._members: dict[str, Member] = {}
         self._notes: list[str] = []
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
-        self._gave_way: dict[
-            int, int
-        ] = {}  # trials that did, by number, and how many may be here with each, it included
+        self._gave_way: dict[int, int] = {}
+        """Trials that did not fit beside others, by number, and how many may be here with each, it included."""
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 

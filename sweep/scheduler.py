@@ -26,7 +26,7 @@ from sweep.preemption import Drain
 from sweep.repair import may_halve
 from sweep.requests import BY_HAND, Requests
 from sweep.study import ENDED_AS, Entry, Ledger
-from sweep.trainable import Failure, Lease
+from sweep.trainable import SLICE_SECONDS, Failure, Lease
 from trainables.protocol import Slice
 
 BREAKDOWNS = 5
@@ -89,6 +89,7 @@ class Watch(tune.Callback, tune.Stopper):
         self._heard: dict[str, float] = {}  # Ray's trial id -> time.monotonic() of its newest sign of life
         self._told: set[str] = set()  # of which a result has come
         self._unsaved = 0
+        self._drained: float | None = None  # time.monotonic() when the sweep was seen to drain
         self._looked = 0.0  # time.monotonic() when the cluster was last asked
         self.trial_timeout = trial_timeout
         self.silenced: set[int] = set()
@@ -134,8 +135,11 @@ class Watch(tune.Callback, tune.Stopper):
                 ray.kill(actor)
                 if (engine := trial.config["assignment"].engine) is not None:
                     ray.kill(engine, no_restart=False)  # it may be what hangs
-        # A trial that has told nothing yet loads its model still: there is nothing to wait for.
-        self._unsaved = sum(trial.trial_id in self._told for trial in running)
+        if self._drained is None and self._drain():
+            self._drained = now
+        # A trial that has told nothing is in its first slice, or loads its model still: then there is nothing to save.
+        patient = self._drained is None or now - self._drained < 2 * SLICE_SECONDS
+        self._unsaved = sum(patient or trial.trial_id in self._told for trial in running)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False

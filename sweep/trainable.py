@@ -234,8 +234,8 @@ class SlicedTrial(tune.Trainable):
         tracking.log(self._run, slice_, self._assignment.criterion)
 
     def _make_room(self, reason: str) -> Slice:
-        """The next slice goes on from here with the micro-batch halved or, where it must not be smaller, when another
-        trial of the engine has ended."""
+        """The next slice goes on from here with the micro-batch halved or, where it must not be smaller, as soon as the
+        engine has room for the trial."""
         assert self._trial is not None
         mine, job = self._assignment, self._assignment.job
         halves, packed = may_halve(mine.config, job.halvings), isinstance(self._trial, PackedTrial)

@@ -1,5 +1,6 @@
 """What the scheduler does when what it calls fails, which no real sweep can be made to do."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -227,3 +228,29 @@ def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, e
     for _ in range(9):
         ours.on_trial_result(None, ray_trial(number), lost)
     assert drain()
+
+
+@pytest.mark.parametrize(("told", "after"), [(False, 1.0), (False, 60.0), (True, 60.0)])
+def test_a_sweep_that_drains_waits_for_first_slices(monkeypatch, told, after):
+    """Of trials that have told nothing, but not for ever: most load their model. For others until they have saved."""
+    drain, clock = Drain(), [100.0]
+    watch = Watch(drain, 1800.0, alone=False)
+    monkeypatch.setattr(watch, "_looked", math.inf)  # no cluster is asked
+    monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    trial = SimpleNamespace(
+        trial_id="a",
+        status="RUNNING",
+        config={"assignment": SimpleNamespace(number=0)},
+        temporary_state=SimpleNamespace(ray_actor=None),
+    )
+    if told:
+        watch.on_trial_result(0, [], trial, {})
+    watch.on_step_begin(0, [trial])
+    drain.request("signal", "SIGTERM")
+    assert not watch.stop_all()
+    watch.on_step_begin(1, [trial])
+    clock[0] += after
+    watch.on_step_begin(2, [trial])
+    assert watch.stop_all() == (after > 4 and not told)
+    watch.on_step_begin(3, [])
+    assert watch.stop_all()

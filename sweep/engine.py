@@ -82,7 +82,7 @@ class Engines:
     """The engines of a sweep, and which of them has which trial."""
 
     def __init__(self, engines: Iterable[Any], slots: int, draining: Callable[[], set[str]]) -> None:
-        """`slots` are those of each; `draining` gives the nodes that are being taken away."""
+        """`slots` are those of each, at first; `draining` gives the nodes that are being taken away."""
         self._engines = list(engines)
         self._slots = slots
         self._draining = draining
@@ -143,6 +143,11 @@ class Engines:
         self._places[number] = chosen
         return self._engines[chosen]
 
+    def fewer(self) -> int:
+        """Have half as many trials share each from now on, at least one; gives how many."""
+        self._slots = -(-self._slots // 2)
+        return self._slots
+
     def end(self) -> None:
         """End them all, so that others get their devices."""
         for each in self._engines:
@@ -189,6 +194,16 @@ def launch(cpus: float, gpus: float, slots: int) -> Any:
         max_restarts=-1,
     )
     return options.remote(max(1, int(cpus)))
+
+
+def forget(engine: Any, number: int) -> None:
+    """Have an engine forget a trial that waits for room there, if it runs.
+
+    Ray itself holds the call back until it does, be it for ever, and a process with such a call cannot end.
+    """
+    asked = engine.call.remote("forget", number)
+    if not ray.wait([asked], timeout=REACH_SECONDS)[0]:
+        ray.cancel(asked)
 
 
 class PackedTrial:

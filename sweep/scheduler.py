@@ -187,6 +187,7 @@ class LedgerScheduler(FIFOScheduler):
         self._accidents: Counter[int] = Counter()  # of each trial, in this run
         self._engine_deaths: Counter[tuple[int, int]] = Counter()  # by trial and its newest evaluation, in this run
         self._engine_ended = -math.inf  # time.monotonic() when the loss of an engine was last counted
+        self._made_fewer = -math.inf  # time.monotonic() when trials that share a device were last made fewer
         self._leaving: dict[int, str] = {}  # trials whose process was asked to end, and why
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -359,16 +360,21 @@ class LedgerScheduler(FIFOScheduler):
         """All trials of an engine tell of its end; it counts once.
 
         When it died twice at the same place, that is taken for the machine's memory, as with a process, but none of the
-        trials is blamed.
+        trials is blamed: those whose micro-batch cannot be halved share a device with fewer others.
         """
+        now = time.monotonic()
         if died:
             entry = self._ledger.entry(number)
             self._engine_deaths[number, entry.reported] += 1
             times = self._engine_deaths[number, entry.reported]
+            why = f"lost its engine {times} times at the same place"
             if times % 2 == 0 and may_halve(entry.config, entry.halvings):
-                self._halve(number, entry.halvings + 1, f"lost its engine {times} times at the same place")
+                self._halve(number, entry.halvings + 1, why)
+            elif times % 2 == 0 and now - self._made_fewer > ENGINE_SECONDS and self._watch.engines is not None:
+                self._made_fewer = now
+                most = self._watch.engines.fewer()
+                self._listener.note(f"trial {number:3d} {why}: from now on {most} at most share a device")
         self._accidents[number] += 1
-        now = time.monotonic()
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:
             self._engine_ended = now
             self._accidents[number] -= 1

@@ -21,7 +21,7 @@ from ray import tune
 
 from sweep import tracking
 from sweep.criterion import LOSS, Criterion
-from sweep.engine import EngineGone, EngineLost, PackedTrial
+from sweep.engine import EngineGone, EngineLost, PackedTrial, forget
 from sweep.place import Place
 from sweep.repair import may_halve
 from sweep.scoring import MetricFault, objective_of
@@ -389,7 +389,7 @@ class SlicedTrial(tune.Trainable):
         if trial is not None:
             trial.close()
         elif waits and self._assignment.engine is not None:  # for room there
-            self._assignment.engine.call.remote("forget", self._assignment.number)
+            forget(self._assignment.engine, self._assignment.number)
 
 
 def _summary(trial: Trial, evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:

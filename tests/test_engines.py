@@ -59,6 +59,13 @@ def test_a_trial_that_comes_back_is_forgotten_where_it_was(world):
     assert world.forgotten == [("a", 0)]  # there it is to be started anew, which ends the attempt before
 
 
+def test_fewer_share_each(world):
+    assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, True, True]
+    assert world.engines.fewer() == 1
+    assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, False, False]
+    assert world.engines.fewer() == 1
+
+
 @pytest.mark.parametrize("trouble", ["gone", "draining"])
 def test_machines_that_go_get_none(world, trouble):
     assert [world.engines.ready(running) for running in (0, 3, 4)] == [True, True, False]

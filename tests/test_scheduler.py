@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from ray.tune.schedulers import TrialScheduler
 
 from sweep.early_stopping import settle
-from sweep.engine import EngineGone, EngineLost
+from sweep.engine import EngineGone, EngineLost, Engines
 from sweep.preemption import Drain
 from sweep.report import verdict
 from sweep.scheduler import LedgerScheduler, Watch, shielded
@@ -209,18 +209,23 @@ def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the progress display failed")
 @pytest.mark.parametrize(("error", "halvings"), [(EngineLost, 1), (EngineGone, 0)])
 def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, halvings):
-    """Unless its machine is gone. None of its trials fails, also when there is nothing left to halve."""
+    """Unless its machine is gone. None of its trials fails; where there is nothing left to halve, fewer are together."""
     monkeypatch.setattr("sweep.scheduler.BREAKDOWNS", 9)
+    clock = [0.0]
+    monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
     ledger, drain = memory_ledger(), Drain()
-    number, smallest = add_trial(ledger, batch_size=2), add_trial(ledger, batch_size=1)
+    number, smallest, another = (add_trial(ledger, batch_size=rows) for rows in (2, 1, 1))
     ours = scheduler(ledger, drain)
+    ours._watch.engines = engines = Engines([], 8, set)
     lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(error("it died")))
     for expected in (0, halvings, halvings):
-        for each in (number, smallest):
+        clock[0] += 100
+        for each in (number, smallest, another):
             assert ours.on_trial_result(None, ray_trial(each), lost) == TrialScheduler.CONTINUE
         assert ledger.entry(number).halvings == expected
         assert ledger.entry(smallest).halvings == 0
-    assert [entry.state for entry in ledger.entries()] == [TrialState.RUNNING] * 2
+        assert engines._slots == (4 if expected else 8)
+    assert [entry.state for entry in ledger.entries()] == [TrialState.RUNNING] * 3
     ledger.report(number, 1, 2.0)  # elsewhere it counts anew
     ours.on_trial_result(None, ray_trial(number), lost)
     assert ledger.entry(number).halvings == halvings

@@ -63,7 +63,9 @@ def test_one_that_gave_way_waits_and_goes_on_from_there(process, monkeypatch):
 
 def test_an_engine_forgets_one_that_ends_while_it_waits(process, monkeypatch):
     """Not one that has ended before: it may be back by then, in another process."""
-    process._assignment = replace(process._assignment, engine=Mock())
+    process._assignment = replace(process._assignment, engine="its engine")
+    told = Mock()
+    monkeypatch.setattr(trainable, "forget", told)
     process._trial = packed(process._trial, gives_way=True)
     process._make_room("CUDA out of memory")
     monkeypatch.setattr(process, "_start", Mock(side_effect=NoRoomYet("full")))
@@ -71,7 +73,7 @@ def test_an_engine_forgets_one_that_ends_while_it_waits(process, monkeypatch):
         process._advance()
     process.conclude("stopped", "by hand")
     process.cleanup()
-    process._assignment.engine.call.remote.assert_called_once_with("forget", 0)
+    told.assert_called_once_with("its engine", 0)
 
 
 @pytest.mark.parametrize("in_engine", [True, False])

@@ -4,12 +4,15 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 from optuna.trial import TrialState
 
 from sweep import tracking
+from sweep.engine import forget, launch
 from sweep.study import open_journal, ranking
 from tests import nodes, sweeps
 from tests.wandb_files import history
@@ -169,6 +172,29 @@ def test_a_machine_of_two_is_lost(space, serial, while_it_starts):
     assert while_it_starts or "lost its" in output
     assert_same_outcome(space, serial)
     assert not any(entry.deaths for entry in sweeps.entries(space, "tiny"))
+
+
+def test_a_process_ends_whose_engine_never_answers():
+    """No machine of the cluster has room for it."""
+
+    class Waiting:
+        def pid(self):
+            return os.getpid()
+
+        def leave(self, engine):
+            forget(engine, 0)
+            ray.actor.exit_actor()
+
+    with nodes.cluster() as cluster:
+        ray.init(address=cluster.address, include_dashboard=False, log_to_driver=False)
+        try:
+            waiting: Any = ray.remote(num_cpus=0)(Waiting).remote()
+            process = psutil.Process(ray.get(waiting.pid.remote()))
+            engine = launch(1, 0, 1)  # is given up with its handle
+            waiting.leave.remote(engine)
+            process.wait(30)
+        finally:
+            ray.shutdown()
 
 
 def test_machines_that_do_not_share_files_are_refused(space):

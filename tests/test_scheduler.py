@@ -209,7 +209,7 @@ def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the progress display failed")
 @pytest.mark.parametrize(("error", "halvings"), [(EngineLost, 1), (EngineGone, 0)])
 def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, halvings):
-    """Unless its machine is gone. None of its trials fails; where there is nothing left to halve, fewer are together."""
+    """Unless its machine is gone. None of its trials fails; with nothing left to halve, fewer are together."""
     monkeypatch.setattr("sweep.scheduler.BREAKDOWNS", 9)
     clock = [0.0]
     monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))

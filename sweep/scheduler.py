@@ -94,6 +94,8 @@ class Watch(tune.Callback, tune.Stopper):
         self.trial_timeout = trial_timeout
         self.silenced: set[int] = set()
         """Trials whose process was killed."""
+        self.stranded: set[int] = set()
+        """Trials whose engine was killed, because nothing was heard of any of its trials."""
         self.draining: set[str] = set()
         """Nodes of the cluster that are being taken away."""
         self.engines: Engines | None = None
@@ -127,19 +129,34 @@ class Watch(tune.Callback, tune.Stopper):
                 self.requests.look({trial.config["assignment"].number for trial in trials if not trial.is_finished()})
         running = [trial for trial in trials if trial.status == "RUNNING"]
         for trial in running:
-            number = trial.config["assignment"].number
-            silent_for = now - self._heard.setdefault(trial.trial_id, now)
-            actor = trial.temporary_state.ray_actor
-            if silent_for > self.trial_timeout and number not in self.silenced and actor is not None:
-                self.silenced.add(number)
-                ray.kill(actor)
-                if (engine := trial.config["assignment"].engine) is not None:
-                    ray.kill(engine, no_restart=False)  # it may be what hangs
+            self._heard.setdefault(trial.trial_id, now)
+        for trial in running:
+            if now - self._heard[trial.trial_id] > self.trial_timeout:
+                self._end_silence(trial, running, now)
         if self._drained is None and self._drain():
             self._drained = now
         # A trial that has told nothing is in its first slice, or loads its model still: then there is nothing to save.
         patient = self._drained is None or now - self._drained < 2 * SLICE_SECONDS
         self._unsaved = sum(patient or trial.trial_id in self._told for trial in running)
+
+    def _end_silence(self, trial: Any, running: Sequence[Any], now: float) -> None:
+        """Kill what a silent trial hangs in: its process, or the engine when that leaves all its trials waiting."""
+        number, engine = trial.config["assignment"].number, trial.config["assignment"].engine
+        actor = trial.temporary_state.ray_actor
+        if number in self.silenced or actor is None:
+            return
+        sharing = [other for other in running if engine is not None and other.config["assignment"].engine == engine]
+        newest = max((self._heard[other.trial_id] for other in sharing if other is not trial), default=-math.inf)
+        if len(sharing) > 1 and now - newest > self.trial_timeout:
+            ray.kill(engine, no_restart=False)
+            for other in sharing:
+                self.stranded.add(other.config["assignment"].number)
+                self._heard[other.trial_id] = now
+        elif len(sharing) < 2 or now - newest < self.trial_timeout / 2:  # else it will show which of them hangs
+            self.silenced.add(number)
+            ray.kill(actor)
+            if len(sharing) == 1:
+                ray.kill(engine, no_restart=False)  # it may be what hangs
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -226,6 +243,7 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.report(number, done.evaluation, done.objective, loss)
         if slice_.steps or slice_.evaluation is not None:
             self._breakdowns = 0
+            self._watch.stranded.discard(number)
         if slice_.evaluation is not None or slice_.done or self._drain():
             self._ledger.spend(number, result["cost"])
         if slice_.failure is not None:
@@ -349,8 +367,10 @@ class LedgerScheduler(FIFOScheduler):
             self._drain.request("breakdown", f"{failure.reason}. Mend it; no trial is blamed")
             return None
         if failure.engine is not None:
-            self._engine_lost(number, failure.reason, died=failure.engine == "died")
-            return "lost its engine"
+            hung = number in self._watch.stranded
+            self._engine_lost(number, failure.reason, died=failure.engine == "died" and not hung)
+            said = f", of which nothing was heard for {self._watch.trial_timeout:g} s"
+            return f"lost its engine{said if hung else ''}"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
@@ -388,6 +408,7 @@ class LedgerScheduler(FIFOScheduler):
     def _hand_out_again(self, number: int, why: str) -> None:
         self._listener.note(f"trial {number:3d} {why}; it goes on from its last checkpoint")
         self._watch.silenced.discard(number)
+        self._watch.stranded.discard(number)
         self._put_back(number)
 
     def _broke_down(self, number: int, reason: str) -> None:

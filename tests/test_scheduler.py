@@ -206,6 +206,42 @@ def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
     assert ledger.entry(number).silences == 0
 
 
+@pytest.mark.parametrize(
+    ("heard", "killed", "silenced", "stranded"),
+    [
+        ({"a": 0, "b": 0, "c": 5}, {"engine"}, set(), {0, 1}),
+        ({"a": 0, "b": 1, "c": 5}, set(), set(), set()),  # it will show which of the two it is
+        ({"a": 0, "b": 6, "c": 5}, {"a"}, {0}, set()),
+        ({"a": 0, "c": 5}, {"a", "engine"}, {0}, set()),  # it may be either
+        ({"a": 5, "b": 5, "c": 0}, {"c"}, {2}, set()),
+    ],
+)
+def test_what_a_silent_trial_hangs_in_is_killed(monkeypatch, heard, killed, silenced, stranded):
+    """After 9 s; it is second 9.5 and each was heard of at that one. Only a and b share an engine."""
+    clock, found = [0.0], []
+    watch = Watch(Drain(), 9.0, alone=False)
+    monkeypatch.setattr(watch, "_looked", math.inf)  # no cluster is asked
+    monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("sweep.scheduler.ray", SimpleNamespace(kill=lambda actor, no_restart=True: found.append(actor)))
+    trials = [
+        SimpleNamespace(
+            trial_id=name,
+            status="RUNNING",
+            config={"assignment": SimpleNamespace(number="abc".index(name), engine=None if name == "c" else "engine")},
+            temporary_state=SimpleNamespace(ray_actor=name),
+        )
+        for name in heard
+    ]
+    for trial in trials:
+        clock[0] = heard[trial.trial_id]
+        watch.on_trial_result(0, trials, trial, {})
+    clock[0] = 9.5
+    for iteration in range(2):
+        watch.on_step_begin(iteration, trials)
+    assert sorted(found) == sorted(killed)
+    assert (watch.silenced, watch.stranded) == (silenced, stranded)
+
+
 @pytest.mark.filterwarnings("ignore:the progress display failed")
 @pytest.mark.parametrize(("error", "halvings"), [(EngineLost, 1), (EngineGone, 0)])
 def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, halvings):

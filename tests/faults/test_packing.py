@@ -138,6 +138,18 @@ def test_processes_are_killed(space, serial):
     assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == 1
 
 
+def test_an_engine_falls_silent(space, serial):
+    """It is killed; none of its trials is blamed."""
+    process = sweeps.start(space, "--set", "trial_timeout=8")
+    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
+    engines(process)[0].suspend()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert 2 <= output.count("lost its engine, of which nothing was heard for 8 s") <= 3, output
+    assert_same_outcome(space, serial)
+    assert not any(entry.silences or entry.deaths for entry in sweeps.entries(space, "tiny"))
+
+
 def test_the_end_of_an_engine_counts_once(space):
     """More trials than accidents in a row that end a sweep."""
     settings = ("packing.slots=6", "search.trials=6", "budget.steps=6000")

@@ -81,11 +81,14 @@ def check(model: str, layers: Sequence[tuple[str, ...]], bf16: bool) -> None:
 class Engines:
     """The engines of a sweep, and which of them has which trial."""
 
-    def __init__(self, engines: Iterable[Any], slots: int, draining: Callable[[], set[str]]) -> None:
+    def __init__(
+        self, engines: Iterable[Any], slots: int, draining: Callable[[], set[str]], note: Callable[[str], None]
+    ) -> None:
         """`slots` are those of each, at first; `draining` gives the nodes that are being taken away."""
         self._engines = list(engines)
         self._slots = slots
         self._draining = draining
+        self._note = note
         self._looked = -math.inf  # time.monotonic()
         self._nodes: dict[int, str] = {}  # where each was last seen
         self._down: dict[int, float] = {}  # time.monotonic() since when each does not run
@@ -105,6 +108,7 @@ class Engines:
         states = [_state(engine) for engine in self._engines]
         if all(state == "DEAD" for state, _ in states):
             raise RuntimeError("no engine can be started; Ray's logs, in the directory of its session, say why")
+        waited = len(self._lost) == len(self._engines)
         self._lost.clear()
         for i, (state, node) in enumerate(states):
             if state == "ALIVE":
@@ -116,6 +120,8 @@ class Engines:
             machine = last is not None and (last in self._draining() or node_is_gone(last))
             if machine or state == "DEAD" or now - since > (START_SECONDS if state == "RESTARTING" else FIRST_SECONDS):
                 self._lost.add(i)
+        if len(self._lost) == len(self._engines) and not waited:
+            self._note("No machine is left that trials can share: the sweep waits until one has room for them")
 
     def ready(self, running: int) -> bool:
         """Whether one that is not lost has room for another trial than those that run."""
@@ -138,13 +144,19 @@ class Engines:
         )
         for other, where in list(self._places.items()):
             if other not in running or (other == number and where != chosen):
-                self._engines[where].call.remote("forget", other)
-                del self._places[other]
+                self.forget(other)
         self._places[number] = chosen
         return self._engines[chosen]
 
-    def fewer(self) -> int:
-        """Have half as many trials share each from now on, at least one; gives how many."""
+    def forget(self, number: int) -> None:
+        """Have the engine of a trial end it, if it has it still; not when the trial may come back there at once."""
+        if number in self._places:
+            self._engines[self._places.pop(number)].call.remote("forget", number)
+
+    def fewer(self) -> int | None:
+        """Have half as many trials share each from now on; gives how many, None when each has only one already."""
+        if self._slots == 1:
+            return None
         self._slots = -(-self._slots // 2)
         return self._slots
 
@@ -194,16 +206,6 @@ def launch(cpus: float, gpus: float, slots: int) -> Any:
         max_restarts=-1,
     )
     return options.remote(max(1, int(cpus)))
-
-
-def forget(engine: Any, number: int) -> None:
-    """Have an engine forget a trial that waits for room there, if it runs.
-
-    Ray itself holds the call back until it does, be it for ever, and a process with such a call cannot end.
-    """
-    asked = engine.call.remote("forget", number)
-    if not ray.wait([asked], timeout=REACH_SECONDS)[0]:
-        ray.cancel(asked)
 
 
 class PackedTrial:
@@ -279,7 +281,9 @@ class PackedTrial:
             limit = (START_SECONDS if state == "RESTARTING" else FIRST_SECONDS) if patient else 0.0
             if missed > 1 or now - self._seen > limit:  # once may be a lost packet
                 ray.cancel(asked)
-                raise EngineGone("the machine of its engine is gone, or there is none with room for it")
+                if missed or patient:
+                    raise EngineGone("the machine of its engine is gone, or there is none with room for it")
+                raise EngineLost("its engine died")
         try:
             return ray.get(asked)
         except RayTaskError as error:

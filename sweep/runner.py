@@ -328,7 +328,7 @@ def _train(
         wanted = packing.processes(spec.resources.gpus, sum(side_by_side), min(limit, left), slots)
         more = range(wanted - (ahead is not None))
         launched = [engine.launch(spec.resources.cpus, spec.resources.gpus, slots) for _ in more]
-        engines = engine.Engines(filter(None, [ahead, *launched]), slots, lambda: watch.draining)
+        engines = engine.Engines(filter(None, [ahead, *launched]), slots, lambda: watch.draining, listener.note)
         watch.engines = engines
 
     def assign(entry: Entry) -> Assignment:

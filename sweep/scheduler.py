@@ -92,10 +92,11 @@ class Watch(tune.Callback, tune.Stopper):
         self._drained: float | None = None  # time.monotonic() when the sweep was seen to drain
         self._looked = 0.0  # time.monotonic() when the cluster was last asked
         self.trial_timeout = trial_timeout
-        self.silenced: set[int] = set()
-        """Trials whose process was killed."""
-        self.stranded: set[int] = set()
-        """Trials whose engine was killed, because nothing was heard of any of its trials."""
+        self.silenced: set[str] = set()
+        """Ray's ids of trials whose process was killed."""
+        self.stranded: set[str] = set()
+        """Ray's ids of trials of which nothing but the end of their engine is to be heard: it was killed, because
+        nothing was heard of any of them."""
         self.draining: set[str] = set()
         """Nodes of the cluster that are being taken away."""
         self.engines: Engines | None = None
@@ -140,23 +141,25 @@ class Watch(tune.Callback, tune.Stopper):
         self._unsaved = sum(patient or trial.trial_id in self._told for trial in running)
 
     def _end_silence(self, trial: Any, running: Sequence[Any], now: float) -> None:
-        """Kill what a silent trial hangs in: its process, or the engine when that leaves all its trials waiting."""
-        number, engine = trial.config["assignment"].number, trial.config["assignment"].engine
-        actor = trial.temporary_state.ray_actor
-        if number in self.silenced or actor is None:
+        """Kill what a silent trial hangs in: its engine, when all trials of that are as silent; its process, when the
+        engine works for others, or has been killed already; both, when there are no others."""
+        engine, actor = trial.config["assignment"].engine, trial.temporary_state.ray_actor
+        if trial.trial_id in self.silenced or actor is None:
             return
-        sharing = [other for other in running if engine is not None and other.config["assignment"].engine == engine]
-        newest = max((self._heard[other.trial_id] for other in sharing if other is not trial), default=-math.inf)
-        if len(sharing) > 1 and now - newest > self.trial_timeout:
+        sharing = [each for each in running if engine is not None and each.config["assignment"].engine == engine]
+        others = [each.trial_id for each in sharing if each is not trial]
+        newest = max((self._heard[each] for each in others if each in self._told), default=-math.inf)
+        if others and now - newest > self.trial_timeout and trial.trial_id not in self.stranded:
             ray.kill(engine, no_restart=False)
-            for other in sharing:
-                self.stranded.add(other.config["assignment"].number)
-                self._heard[other.trial_id] = now
-        elif len(sharing) < 2 or now - newest < self.trial_timeout / 2:  # else it will show which of them hangs
-            self.silenced.add(number)
+            for each in (trial.trial_id, *others):
+                self.stranded.add(each)
+                self._heard[each] = now
+        elif not others or now - newest < self.trial_timeout / 2 or trial.trial_id in self.stranded:
+            self.silenced.add(trial.trial_id)
             ray.kill(actor)
-            if len(sharing) == 1:
-                ray.kill(engine, no_restart=False)  # it may be what hangs
+            if engine is not None and not others:
+                ray.kill(engine, no_restart=False)
+        # Else it shows in a moment whether the others are silent, too.
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -212,7 +215,7 @@ class LedgerScheduler(FIFOScheduler):
         try:
             if result["slice"].evaluation is not None and self._displaced():
                 return TrialScheduler.STOP
-            decision = self._take(number, result, trial.temporary_state.ray_actor)
+            decision = self._take(number, result, trial)
             entry = self._ledger.entry(number)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
             self._ledger_failed(error)
@@ -226,12 +229,13 @@ class LedgerScheduler(FIFOScheduler):
             return self._save(trial)
         return decision
 
-    def _take(self, number: int, result: dict[str, Any], actor: Any) -> str:
+    def _take(self, number: int, result: dict[str, Any], trial: Any) -> str:
         """Write a result to the ledger and decide."""
         slice_: Slice = result["slice"]
+        actor = trial.temporary_state.ray_actor
         if result["failure"] is not None:
             self._ledger.spend(number, result["cost"])
-            again = self._failed(number, result["failure"])
+            again = self._failed(number, result["failure"], hung=trial.trial_id in self._watch.stranded)
             if again is None or self._drain():
                 return TrialScheduler.STOP
             return self._send_away(number, actor, again, save=False)
@@ -243,7 +247,7 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.report(number, done.evaluation, done.objective, loss)
         if slice_.steps or slice_.evaluation is not None:
             self._breakdowns = 0
-            self._watch.stranded.discard(number)
+            self._watch.stranded.discard(trial.trial_id)
         if slice_.evaluation is not None or slice_.done or self._drain():
             self._ledger.spend(number, result["cost"])
         if slice_.failure is not None:
@@ -296,11 +300,11 @@ class LedgerScheduler(FIFOScheduler):
             cause = _cause(trial)
             if number in self._leaving:
                 self._hand_out_again(number, self._leaving.pop(number))
-            elif number in self._watch.silenced:
+            elif trial.trial_id in self._watch.silenced:
                 self._fell_silent(number)
             elif isinstance(cause, RayActorError):
                 self._lost(number, cause)
-            elif (again := self._failed(number, Failure.of(cause))) is not None:
+            elif (again := self._failed(number, Failure.of(cause), hung=False)) is not None:
                 self._hand_out_again(number, again)
             entry = self._ledger.entry(number)
         except Exception as error:  # noqa: BLE001 - whatever the ledger's storage raises
@@ -327,6 +331,8 @@ class LedgerScheduler(FIFOScheduler):
         """
         if trial.temporary_state.ray_actor is not None:
             trial.temporary_state.ray_actor.conclude.remote(ENDED_AS[entry.state], entry.reason)
+        if self._watch.engines is not None:  # it may have no process, or wait for room
+            self._watch.engines.forget(entry.number)
         self._listener.ended(entry)
 
     def _lost(self, number: int, cause: RayActorError) -> None:
@@ -355,10 +361,11 @@ class LedgerScheduler(FIFOScheduler):
             self._hand_out_again(number, f"was killed: {reason}")
         self._broke_down(number, reason)
 
-    def _failed(self, number: int, failure: Failure) -> str | None:
+    def _failed(self, number: int, failure: Failure, *, hung: bool) -> str | None:
         """An exception: says why the trial is to be handed out again, None when it is not.
 
-        A full disk ends the sweep, what else the machine is to blame for is tried again.
+        A full disk ends the sweep, what else the machine is to blame for is tried again. `hung`: its engine was killed,
+        for nothing was heard of it.
         """
         if failure.errno in DISK_FULL:
             self._disk_is_full(failure.errno)
@@ -367,38 +374,52 @@ class LedgerScheduler(FIFOScheduler):
             self._drain.request("breakdown", f"{failure.reason}. Mend it; no trial is blamed")
             return None
         if failure.engine is not None:
-            hung = number in self._watch.stranded
             self._engine_lost(number, failure.reason, died=failure.engine == "died" and not hung)
-            said = f", of which nothing was heard for {self._watch.trial_timeout:g} s"
-            return f"lost its engine{said if hung else ''}"
+            if self._ledger.entry(number).state.is_finished():
+                return None
+            silence = f", of which nothing was heard for {self._watch.trial_timeout:g} s" if hung else ""
+            return f"lost its engine{silence}"
         if not failure.environment:
             self._ledger.fail(number, failure.reason, failure.traceback)
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
 
     def _engine_lost(self, number: int, reason: str, *, died: bool) -> None:
-        """All trials of an engine tell of its end; it counts once.
-
-        When it died twice at the same place, that is taken for the machine's memory, as with a process, but none of the
-        trials is blamed: those whose micro-batch cannot be halved share a device with fewer others.
-        """
-        now = time.monotonic()
+        """All trials of an engine tell of its end; it counts once."""
         if died:
-            entry = self._ledger.entry(number)
-            self._engine_deaths[number, entry.reported] += 1
-            times = self._engine_deaths[number, entry.reported]
-            why = f"lost its engine {times} times at the same place"
-            if times % 2 == 0 and may_halve(entry.config, entry.halvings):
-                self._halve(number, entry.halvings + 1, why)
-            elif times % 2 == 0 and now - self._made_fewer > ENGINE_SECONDS and self._watch.engines is not None:
-                self._made_fewer = now
-                most = self._watch.engines.fewer()
-                self._listener.note(f"trial {number:3d} {why}: from now on {most} at most share a device")
+            here = (number, self._ledger.entry(number).reported)
+            self._engine_deaths[here] += 1
+            if self._engine_deaths[here] % 2 == 0:
+                self._relieve(number, self._engine_deaths[here])
+        now = time.monotonic()
         self._accidents[number] += 1
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:
             self._engine_ended = now
             self._accidents[number] -= 1
             self._broke_down(number, reason)
+
+    def _relieve(self, number: int, deaths: int) -> None:
+        """An engine that died twice at the same place is taken for the machine's memory, as a process is.
+
+        None of its trials is blamed while they are several: micro-batches are halved; where they are single rows, fewer
+        trials share an engine.
+        """
+        entry, now = self._ledger.entry(number), time.monotonic()
+        why = f"lost its engine {deaths} times at the same place"
+        if may_halve(entry.config, entry.halvings):
+            self._halve(number, entry.halvings + 1, why)
+        elif now - self._made_fewer > ENGINE_SECONDS:  # else another trial has told of the same end
+            assert self._watch.engines is not None
+            most = self._watch.engines.fewer()
+            if most is None:
+                rows = entry.config.micro_batch(entry.halvings)
+                self._ledger.fail(number, f"it {why}, the last time alone there, with a micro-batch of {rows}")
+                return
+            self._made_fewer = now
+            self._breakdowns = 0  # it is a remedy, and there are few of them
+            self._accidents.clear()
+            shared = f"{most} trials at most share an engine" if most > 1 else "each trial has an engine to itself"
+            self._listener.note(f"trial {number:3d} {why}: from now on {shared}")
 
     def _halve(self, number: int, halvings: int, why: str) -> None:
         self._ledger.halve(number, halvings)
@@ -407,8 +428,6 @@ class LedgerScheduler(FIFOScheduler):
 
     def _hand_out_again(self, number: int, why: str) -> None:
         self._listener.note(f"trial {number:3d} {why}; it goes on from its last checkpoint")
-        self._watch.silenced.discard(number)
-        self._watch.stranded.discard(number)
         self._put_back(number)
 
     def _broke_down(self, number: int, reason: str) -> None:

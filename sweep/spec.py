@@ -263,7 +263,8 @@ class SweepSpec(Section):
     given."""
     trial_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds without a sign of life (the loading of the model counts as none) after which a trial's process is killed;
-    a second time, the trial fails."""
+    a second time, the trial fails. Of several that share a device none is blamed when all are silent: what trains them
+    is killed, and they go on from their checkpoints."""
     preemption: Preemption = Preemption()
     """What happens when the machine is taken away."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()

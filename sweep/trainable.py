@@ -21,7 +21,7 @@ from ray import tune
 
 from sweep import tracking
 from sweep.criterion import LOSS, Criterion
-from sweep.engine import EngineGone, EngineLost, PackedTrial, forget
+from sweep.engine import EngineGone, EngineLost, PackedTrial
 from sweep.place import Place
 from sweep.repair import may_halve
 from sweep.scoring import MetricFault, objective_of
@@ -120,6 +120,7 @@ class SlicedTrial(tune.Trainable):
         self._trial: Trial | None = None
         self._looked = False  # for what the trial goes on from
         self._found: checkpoint.Checkpoint | None = None
+        self._waits = False  # until its engine has room
         self._run: tracking.Run | None = None
         self._banner = ""
         self._notes: list[str] = []
@@ -154,6 +155,7 @@ class SlicedTrial(tune.Trainable):
                 reason = str(error)  # the error itself holds on to the tensors of its frames
             return self._told(self._make_room(reason))
         except NoRoomYet:
+            self._note_waiting()
             time.sleep(ROOM_SECONDS)
             return self._told(NOTHING)
         except Exception as error:  # noqa: BLE001 - the driver decides; Tune ends the run on one it cannot unpickle
@@ -245,12 +247,18 @@ class SlicedTrial(tune.Trainable):
             self._trial.close()
             self._assignment = replace(mine, job=replace(job, halvings=job.halvings + 1))
         elif isinstance(self._trial, PackedTrial) and self._trial.give_way():
-            self._notes.append(f"trial {mine.number:3d} does not fit into memory beside the others: it waits for room")
+            self._note_waiting()
         else:
             rows = mine.config.micro_batch(job.halvings)
             return Slice((), None, f"out of memory with a micro-batch of {rows}: {reason}", True, 0)
         self._trial, self._looked = None, False
         return NOTHING
+
+    def _note_waiting(self) -> None:
+        if not self._waits:
+            number = self._assignment.number
+            self._notes.append(f"trial {number:3d} does not fit into memory beside the others: it waits for room")
+        self._waits = True
 
     def save_and_leave(self) -> str | None:
         """The sweep drains: write a checkpoint and end this attempt; gives the reason when that was not possible.
@@ -306,6 +314,7 @@ class SlicedTrial(tune.Trainable):
             self._run = self._run or self._record()
         if found is not None:
             self._notes.append(f"trial {mine.number:3d} goes on from step {found.step}")
+        self._waits = False
         self._banner = trial.banner
         self._evaluations = trial.evaluations
         self._unreported = [e for e in trial.evaluations if e.evaluation > self._reported]
@@ -377,7 +386,7 @@ class SlicedTrial(tune.Trainable):
         """End the run and give the trial's memory back; nothing when that was done."""
         run, self._run = self._run, None
         trial, self._trial = self._trial, None
-        waits, self._looked = trial is None and self._looked, False
+        self._looked = False
         if run is not None:
             facts = {} if trial is None else _summary(trial, self._evaluations, self._assignment)
             tracking.finish(run, state, facts | {"stop_reason": reason})
@@ -388,8 +397,6 @@ class SlicedTrial(tune.Trainable):
                 self._notes.append(f"{self._place.url} did not take the last rows of a trial: {error}")
         if trial is not None:
             trial.close()
-        elif waits and self._assignment.engine is not None:  # for room there
-            forget(self._assignment.engine, self._assignment.number)
 
 
 def _summary(trial: Trial, evaluations: Sequence[Evaluation], assignment: Assignment) -> dict[str, Any]:

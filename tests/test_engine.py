@@ -435,6 +435,7 @@ def test_closing_one_that_somebody_waits_for(engine, tiny):
 
 
 def test_no_room_for_another_base_until_others_end(engine, tiny, monkeypatch):
+    started = qlora_sft.start
     engine.start("a", 0, CONFIG, tiny, None)
 
     def full(*key):
@@ -443,9 +444,77 @@ def test_no_room_for_another_base_until_others_end(engine, tiny, monkeypatch):
     monkeypatch.setattr(qlora_sft.model, "base", full)
     with pytest.raises(NoRoomYet, match="no room for the model"):
         engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+    monkeypatch.setattr(qlora_sft, "start", None)
+    with pytest.raises(NoRoomYet, match="beside the trials that are here"):  # it has been tried
+        engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+    monkeypatch.setattr(qlora_sft, "start", started)
     engine.close("a")
     with pytest.raises(MemoryError, match="no room for the model", check=lambda error: type(error) is MemoryError):
         engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+
+
+def test_a_base_that_serves_nobody_goes_before_a_trial_does(engine, tiny, monkeypatch):
+    """Memory is short as long as it is there."""
+    job = replace(tiny, budget=steps(4, 1))
+    expected = curve(CONFIG, job)[0]
+    label_losses = bases.label_losses
+
+    def scarce(*given):
+        if len(model._warm) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_losses(*given)
+
+    engine.load(tiny.model, config(quant_type="fp4"))
+    engine.start("here", 1, CONFIG, tiny, None)
+    monkeypatch.setattr(bases, "label_losses", scarce)
+    assert losses(drive(engine, 0, CONFIG, job)[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_those_who_ask_without_end_leave_time_for_turns(engine, tiny):
+    """Such as trials that wait for room, whose attempts take long."""
+    engine.start("a", 0, CONFIG, replace(tiny, budget=steps(1000, 1)), None)
+    asked = threading.Event()
+
+    def ask() -> None:
+        if not asked.is_set():
+            time.sleep(0.05)
+            engine._calls.put(ask)
+
+    try:
+        for _ in range(2):
+            engine._calls.put(ask)
+        with ThreadPoolExecutor(1) as pool:
+            slice_, _ = pool.submit(engine.advance, "a", 0.0).result(30)
+    finally:
+        asked.set()
+    assert slice_.steps
+
+
+def test_after_an_error_amid_their_steps_no_trial_takes_one_too_many(engine, tiny, monkeypatch):
+    """The first has taken its last step when the second cannot take its own."""
+    job = replace(tiny, budget=replace(steps(1, 1), evaluations=0))
+    for number in range(2):
+        engine.start(f"trial {number}", number, config(seed=number), job, None)
+    learn, failed = qlora_sft.QLoRATrial.learn, []
+
+    def broken(trial, loss, norm):
+        if trial.config.seed == 1 and not failed:
+            failed.append(trial)
+            raise ValueError("no step")
+        learn(trial, loss, norm)
+
+    def take_turn() -> None:
+        members = list(engine._members.values())
+        for member in members:
+            member.running = True
+        engine._turn(members)
+
+    monkeypatch.setattr(qlora_sft.QLoRATrial, "learn", broken)
+    engine._called(take_turn)
+    assert failed
+    assert not any(member.error for member in engine._members.values())
+    slices = [engine.hold(f"trial {number}") for number in range(2)]
+    assert [[step.step for step in slice_.steps] for slice_ in slices] == [[1], [1]]
 
 
 def test_nobody_starves_when_few_fit_together(engine, tiny, monkeypatch):

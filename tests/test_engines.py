@@ -23,7 +23,8 @@ class World:
         monkeypatch.setattr(ray._private.state, "actors", self.known)
         monkeypatch.setattr(engine, "node_is_gone", lambda node: node in self.gone)
         monkeypatch.setattr(engine, "LOOK_SECONDS", 0.0)
-        self.engines = Engines(map(self.handle, self.names), 2, lambda: self.draining)
+        self.notes: list[str] = []
+        self.engines = Engines(map(self.handle, self.names), 2, lambda: self.draining, self.notes.append)
 
     def known(self, name: str) -> dict[str, object]:
         return {
@@ -63,7 +64,15 @@ def test_fewer_share_each(world):
     assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, True, True]
     assert world.engines.fewer() == 1
     assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, False, False]
-    assert world.engines.fewer() == 1
+    assert world.engines.fewer() is None
+
+
+def test_one_that_has_ended_is_forgotten_once(world):
+    assert world.choose(0, [0]) == "a"
+    for _ in range(2):
+        world.engines.forget(0)
+    world.engines.forget(1)
+    assert world.forgotten == [("a", 0)]
 
 
 @pytest.mark.parametrize("trouble", ["gone", "draining"])
@@ -72,8 +81,10 @@ def test_machines_that_go_get_none(world, trouble):
     setattr(world, trouble, {"a"})
     assert [world.choose(n, list(range(n + 1))) for n in range(2)] == ["b", "b"]
     assert [world.engines.ready(running) for running in (0, 1, 2)] == [True, True, False]
+    assert world.notes == []
     setattr(world, trouble, {"a", "b"})
-    assert not world.engines.ready(0)
+    assert [world.engines.ready(0) for _ in range(2)] == [False] * 2
+    assert [note.partition(":")[0] for note in world.notes] == ["No machine is left that trials can share"]
     setattr(world, trouble, {"b"})
     assert world.engines.ready(0)
 
@@ -120,6 +131,23 @@ def test_one_that_cannot_be_started_gets_none(world):
     world.dead = {"a", "b"}
     with pytest.raises(RuntimeError, match="no engine can be started"):
         world.engines.ready(0)
+
+
+@pytest.mark.parametrize(("gone", "raised"), [(True, "EngineGone"), (False, "EngineLost")])
+def test_a_call_to_one_that_has_died(monkeypatch, gone, raised):
+    """Another is being started: the machine is blamed only when it is gone."""
+    trial = object.__new__(engine.PackedTrial)
+    vars(trial).update(_engine=None, _seen=0.0, node="there")
+    monkeypatch.setattr(engine, "_state", lambda handle: ("RESTARTING", "there"))
+    monkeypatch.setattr(engine, "node_is_gone", lambda name: gone)
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked))
+    cancelled = []
+    monkeypatch.setattr(ray, "cancel", cancelled.append)
+    with pytest.raises(engine.EngineLost) as found:
+        trial._answer("asked", patient=False)
+    assert found.type.__name__ == raised
+    assert cancelled == ["asked"]
 
 
 @pytest.mark.parametrize(

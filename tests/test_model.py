@@ -11,6 +11,7 @@ from tests.tiny import make_tiny_llama
 from trainables import model
 from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
+from trainables.protocol import OutOfMemory, loses_device
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,18 @@ def test_the_least_recently_used_base_goes_when_memory_is_short(llama, loads, mo
     assert len(loads) == 3
     model.base(llama, "fp4", "fp32", True)
     assert len(loads) == 4
+
+
+def test_a_lack_of_memory_is_known_as_such():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**50)
+    assert model.out_of_memory(found.value)
+    for said in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"):
+        assert model.out_of_memory(RuntimeError(said))
+        assert not loses_device(OutOfMemory(said))
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert loses_device(lost)
+    assert not model.out_of_memory(lost)
 
 
 @pytest.mark.parametrize(

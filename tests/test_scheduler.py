@@ -58,7 +58,9 @@ def ray_trial(number):
     nothing = SimpleNamespace(remote=lambda *what: None)
     actor = SimpleNamespace(save_and_leave=saved, exit=nothing, conclude=nothing)
     return SimpleNamespace(
-        config={"assignment": SimpleNamespace(number=number)}, temporary_state=SimpleNamespace(ray_actor=actor)
+        trial_id=f"ray's {number}",
+        config={"assignment": SimpleNamespace(number=number)},
+        temporary_state=SimpleNamespace(ray_actor=actor),
     )
 
 
@@ -199,25 +201,26 @@ def test_a_trial_that_does_not_leave_in_time_may_be_killed_again(monkeypatch):
     ours = scheduler(ledger, Drain(), back.append)
     ours._watch.draining = {"n"}
     assert ours.on_trial_result(None, ray_trial(number), result()) == TrialScheduler.CONTINUE
-    ours._watch.silenced.add(number)
+    ours._watch.silenced.add(f"ray's {number}")
     ours.on_trial_error(None, ray_trial(number))
     assert back == [number]
-    assert ours._watch.silenced == set()
     assert ledger.entry(number).silences == 0
 
 
 @pytest.mark.parametrize(
     ("heard", "killed", "silenced", "stranded"),
     [
-        ({"a": 0, "b": 0, "c": 5}, {"engine"}, set(), {0, 1}),
-        ({"a": 0, "b": 1, "c": 5}, set(), set(), set()),  # it will show which of the two it is
-        ({"a": 0, "b": 6, "c": 5}, {"a"}, {0}, set()),
-        ({"a": 0, "c": 5}, {"a", "engine"}, {0}, set()),  # it may be either
-        ({"a": 5, "b": 5, "c": 0}, {"c"}, {2}, set()),
+        ({"a": 0, "b": 0, "c": 5}, ["engine"], set(), {"a", "b"}),
+        ({"a": 0, "b": 1, "c": 5}, [], set(), set()),  # it will show which of the two it is
+        ({"a": 0, "b": 6, "c": 5}, ["a"], {"a"}, set()),
+        ({"a": 0, "b": None, "c": 5}, ["engine"], set(), {"a", "b"}),  # b has only begun
+        ({"a": 0, "c": 5}, ["a", "engine"], {"a"}, set()),  # it may be either
+        ({"a": 5, "b": 5, "c": 0}, ["c"], {"c"}, set()),
     ],
 )
 def test_what_a_silent_trial_hangs_in_is_killed(monkeypatch, heard, killed, silenced, stranded):
-    """After 9 s; it is second 9.5 and each was heard of at that one. Only a and b share an engine."""
+    """After 9 s; it is second 9.5 and each was heard of at that one. Only a and b share an engine. What is silent once
+    more after the engine was killed hangs in its own process."""
     clock, found = [0.0], []
     watch = Watch(Drain(), 9.0, alone=False)
     monkeypatch.setattr(watch, "_looked", math.inf)  # no cluster is asked
@@ -233,26 +236,34 @@ def test_what_a_silent_trial_hangs_in_is_killed(monkeypatch, heard, killed, sile
         for name in heard
     ]
     for trial in trials:
-        clock[0] = heard[trial.trial_id]
-        watch.on_trial_result(0, trials, trial, {})
+        if heard[trial.trial_id] is not None:
+            clock[0] = heard[trial.trial_id]
+            watch.on_trial_result(0, trials, trial, {})
     clock[0] = 9.5
     for iteration in range(2):
         watch.on_step_begin(iteration, trials)
-    assert sorted(found) == sorted(killed)
-    assert (watch.silenced, watch.stranded) == (silenced, stranded)
+    assert (sorted(found), watch.silenced, watch.stranded) == (killed, silenced, stranded)
+    if stranded:
+        clock[0] += 9.5
+        watch.on_step_begin(2, trials[:2])
+        assert (sorted(found), watch.silenced) == (["a", "b", "engine"], {"a", "b"})
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")
-@pytest.mark.parametrize(("error", "halvings"), [(EngineLost, 1), (EngineGone, 0)])
-def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, halvings):
-    """Unless its machine is gone. None of its trials fails; with nothing left to halve, fewer are together."""
+@pytest.mark.parametrize(
+    ("error", "hung", "halvings"), [(EngineLost, False, 1), (EngineLost, True, 0), (EngineGone, False, 0)]
+)
+def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, error, hung, halvings):
+    """Unless its machine is gone, or it was killed for its silence. None of its trials fails; with nothing left to
+    halve, fewer are together."""
     monkeypatch.setattr("sweep.scheduler.BREAKDOWNS", 9)
     clock = [0.0]
     monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
     ledger, drain = memory_ledger(), Drain()
     number, smallest, another = (add_trial(ledger, batch_size=rows) for rows in (2, 1, 1))
     ours = scheduler(ledger, drain)
-    ours._watch.engines = engines = Engines([], 8, set)
+    ours._watch.engines = engines = Engines([], 8, set, print)
+    ours._watch.stranded = {f"ray's {n}" for n in (number, smallest, another)} if hung else set()
     lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(error("it died")))
     for expected in (0, halvings, halvings):
         clock[0] += 100
@@ -269,6 +280,31 @@ def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, e
     for _ in range(9):
         ours.on_trial_result(None, ray_trial(number), lost)
     assert drain()
+
+
+@pytest.mark.filterwarnings("ignore:the progress display failed")
+def test_one_that_kills_its_engine_again_and_again_has_failed_and_no_other(monkeypatch):
+    """Two trials of single rows share an engine with room for 16; the other one's lives when they are apart."""
+    clock = [0.0]
+    monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    ledger, drain = memory_ledger(), Drain()
+    sick, well = (add_trial(ledger, batch_size=1) for _ in range(2))
+    ours = scheduler(ledger, drain)
+    ours._watch.engines = engines = Engines([], 16, set, print)
+    lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(EngineLost("it died")))
+    rooms = []
+    for _ in range(8):
+        clock[0] += 100
+        for each in (sick, well):
+            assert ours.on_trial_result(None, ray_trial(each), lost) == TrialScheduler.CONTINUE
+        rooms.append(engines._slots)
+    assert rooms == [16, 8, 8, 4, 4, 2, 2, 1]
+    for expected in (TrialScheduler.CONTINUE, TrialScheduler.STOP):
+        clock[0] += 100
+        assert ours.on_trial_result(None, ray_trial(sick), lost) == expected
+    assert [entry.state for entry in ledger.entries()] == [TrialState.FAIL, TrialState.RUNNING]
+    assert ledger.entry(sick).reason.startswith("it lost its engine 10 times at the same place, the last time alone")
+    assert not drain()
 
 
 @pytest.mark.parametrize(("told", "after"), [(False, 1.0), (False, 60.0), (True, 60.0)])

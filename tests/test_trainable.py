@@ -1,6 +1,5 @@
 """The process of a trial whose memory runs out, without Ray: a toy in the place of what an engine trains."""
 
-from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -28,6 +27,11 @@ def process(tmp_path) -> SlicedTrial:
     made._trial = made._enter()
     made._trial.advance(0.0)
     return made
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(SlicedTrial, "_nodes", lambda self: {"here"})
 
 
 def packed(trial: Trial, gives_way: bool) -> PackedTrial:
@@ -61,19 +65,15 @@ def test_one_that_gave_way_waits_and_goes_on_from_there(process, monkeypatch):
     assert len(looks) == 1  # checksums of gigabytes
 
 
-def test_an_engine_forgets_one_that_ends_while_it_waits(process, monkeypatch):
-    """Not one that has ended before: it may be back by then, in another process."""
-    process._assignment = replace(process._assignment, engine="its engine")
-    told = Mock()
-    monkeypatch.setattr(trainable, "forget", told)
-    process._trial = packed(process._trial, gives_way=True)
-    process._make_room("CUDA out of memory")
-    monkeypatch.setattr(process, "_start", Mock(side_effect=NoRoomYet("full")))
-    with pytest.raises(NoRoomYet):
-        process._advance()
-    process.conclude("stopped", "by hand")
-    process.cleanup()
-    told.assert_called_once_with("its engine", 0)
+@pytest.mark.usefixtures("no_ray")
+def test_one_that_cannot_start_beside_others_says_once_that_it_waits(process, monkeypatch):
+    process._trial, process._looked = None, False
+    monkeypatch.setattr(trainable, "ROOM_SECONDS", 0.0)
+    with monkeypatch.context() as context:
+        context.setattr(process, "_start", Mock(side_effect=NoRoomYet("full")))
+        told = [process.step()["notes"] for _ in range(3)]
+    assert told == [["trial   0 does not fit into memory beside the others: it waits for room"], [], []]
+    assert process.step()["slice"].steps
 
 
 @pytest.mark.parametrize("in_engine", [True, False])

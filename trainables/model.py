@@ -197,14 +197,27 @@ def _attend(
 
 def _make_room() -> None:
     """Drop least recently used bases until one more, as large as the largest, fits into a quarter of the memory."""
-    on = device()
     held = {key: footprint(base)[0] for key, base in _warm.items()}
     for key in [key for key, base in _warm.items() if base.idle]:
-        if sum(held.values()) + max(held.values()) <= memory_of(on) / 4:
+        if sum(held.values()) + max(held.values()) <= memory_of(device()) / 4:
             break
         del held[key], _warm[key]
-    gc.collect()  # a 4-bit weight and its layer refer to each other
-    if on.type == "cuda":
+    _collect()
+
+
+def drop_idle() -> bool:
+    """Drop all bases that serve no trial, because memory ran out; whether there were any."""
+    idle = [key for key, base in _warm.items() if base.idle]
+    for key in idle:
+        del _warm[key]
+    _collect()
+    return bool(idle)
+
+
+def _collect() -> None:
+    """Give back the memory of what nobody needs: a 4-bit weight and its layer refer to each other."""
+    gc.collect()
+    if device().type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -215,7 +228,7 @@ def memory_of(on: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether the device ran out of memory, which not all libraries say in torch's way."""
-    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 

@@ -70,7 +70,8 @@ class Forgotten(LookupError):
 def loses_device(error: object) -> bool:
     """Whether nothing works in this process any more, as after errors of CUDA other than a lack of memory."""
     said = str(error)
-    return isinstance(error, RuntimeError) and "CUDA error" in said and "out of memory" not in said
+    memory = isinstance(error, OutOfMemory) or "out of memory" in said
+    return isinstance(error, RuntimeError) and "CUDA error" in said and not memory
 
 
 @dataclass(frozen=True)

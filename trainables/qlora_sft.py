@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -32,6 +33,8 @@ from trainables.config import QLoRAConfig
 from trainables.packed.adapter import Adapter
 from trainables.packed.base import Row, Work, labels_of
 from trainables.protocol import Evaluation, Job, OutOfMemory, Scored, Slice, Step, Trial
+
+T = TypeVar("T")
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Names that transformers gives to the schedules."""
@@ -54,12 +57,16 @@ def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
     Raises ValueError when config or budget differ from those of the checkpoint, when `target_modules` match nothing,
     or when the device cannot do what the config asks for; MemoryError when it has no room for the model.
     """
-    try:
-        return QLoRATrial(config, job, checkpoint)
-    except RuntimeError as error:
-        if model.out_of_memory(error):
-            raise MemoryError(f"no room for the model: {error}") from error
-        raise
+
+    def made() -> QLoRATrial:
+        try:
+            return QLoRATrial(config, job, checkpoint)
+        except RuntimeError as error:
+            if model.out_of_memory(error):
+                raise MemoryError(f"no room for the model: {error}") from error
+            raise
+
+    return _with_room(made, MemoryError)
 
 
 def gpu_load(device: torch.device) -> float | None:
@@ -298,12 +305,27 @@ def turn(trials: Sequence[QLoRATrial]) -> None:
     Raises `OutOfMemory` when there is no room for a micro-batch of all. After any error each trial stands at its last
     step.
     """
-    scoring = [trial for trial in trials if trial.evaluation_due is not None]
-    with _nothing_lost(trials):
-        if scoring:
-            _score(scoring)
-        else:
-            _train(trials, [trial.micro_batches(trial.next_rows()) for trial in trials])
+
+    def take() -> None:
+        going = [trial for trial in trials if not trial.over]  # all, unless an error came amid their steps
+        scoring = [trial for trial in going if trial.evaluation_due is not None]
+        with _nothing_lost(trials):
+            if scoring:
+                _score(scoring)
+            else:
+                _train(going, [trial.micro_batches(trial.next_rows()) for trial in going])
+
+    _with_room(take, OutOfMemory)
+
+
+def _with_room(work: Callable[[], T], lacking: type[Exception]) -> T:
+    """What comes of `work`, which is done once more without the bases that nobody needs when it is `lacking` memory."""
+    try:
+        return work()
+    except lacking:
+        if not model.drop_idle():
+            raise
+    return work()  # not before the error is gone, which holds on to the tensors of its frames
 
 
 def try_out(trials: Sequence[QLoRATrial], rows: NDArray[np.int64]) -> None:

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from tests import nodes, sweeps
+from tests.disks import flip
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,7 @@ def test_a_byte_flipped_in_a_checkpoint(undisturbed, killed, file):
     trial = killed.parent / "sweeps/toy/trials/000"
     before, damaged = sorted(trial.glob("step-*"))
     assert json.loads((before / "manifest.json").read_text())["step"] > 0
-    content = bytearray((damaged / file).read_bytes())
-    content[len(content) // 2] ^= 0x40
-    (damaged / file).write_bytes(content)
+    flip(damaged / file)
     done = sweeps.run(killed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"checkpoint {damaged} is " in done.stdout

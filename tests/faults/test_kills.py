@@ -1,18 +1,16 @@
 """Killed, silent, out of memory, refused by the disk: nothing is lost, and nothing is blamed on a configuration."""
 
 import os
-import subprocess
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import pytest
 from optuna.trial import TrialState
 
 from sweep.place import Place
 from sweep.tracking import Tracking
 from sweep.trainable import Assignment, Lease, SlicedTrial
 from tests import nodes, sweeps
+from tests.disks import fill, small_disk
 from trainables.config import QLoRAConfig
 from trainables.protocol import Budget, Cost, Job
 
@@ -183,33 +181,6 @@ def test_a_configuration_that_never_fits_has_failed(space):
     (entry,) = sweeps.entries(space)
     assert entry.state is TrialState.FAIL
     assert entry.reason.startswith("out of memory with a micro-batch of 1")
-
-
-@contextmanager
-def small_disk(directory, size):
-    """A file system of so many MB."""
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(directory)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-        directory.rmdir()
-
-
-def fill(disk):
-    """Leave no byte free; returns the file that takes the room."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as stream, suppress(OSError):
-        for size in (2**16, 512):
-            with suppress(OSError):
-                while True:
-                    stream.write(bytes(size))
-    return filler
 
 
 def test_a_full_disk_ends_the_sweep_and_says_what_to_free(undisturbed, tmp_path):

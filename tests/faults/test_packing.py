@@ -1,20 +1,19 @@
 """A packed sweep is disturbed as any other, and ends as it would have: one engine, many trials."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import ray
 from optuna.trial import TrialState
 
 from sweep import tracking
-from sweep.engine import forget, launch
 from sweep.study import open_journal, ranking
 from tests import nodes, sweeps
+from tests.disks import fill, flip, small_disk
 from tests.wandb_files import history
 from trainables.packed.slots import Measured, slots
 
@@ -96,7 +95,7 @@ def test_a_packed_sweep_is_a_serial_one(space, serial):
 
 @pytest.mark.timeout(600)  # three starts of an engine
 def test_told_to_end_and_then_killed(space, serial):
-    """SIGTERM to all, later SIGKILL to the driver; nothing is trained twice after the first."""
+    """SIGTERM to all, after which a checkpoint is damaged; later SIGKILL to the driver. W&B has each step once."""
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
     began = time.monotonic()
@@ -104,12 +103,15 @@ def test_told_to_end_and_then_killed(space, serial):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert time.monotonic() - began < 30
+    unfinished = [entry.number for entry in sweeps.entries(space, "tiny") if entry.state is TrialState.RUNNING]
+    damaged = max((space.parent / f"sweeps/tiny/trials/{max(unfinished):03d}").glob("step-*"))
+    flip(damaged / "adapter_model.safetensors")
 
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 7, process)
     orphans = engines(process)
     process.kill()
-    process.wait()
+    assert f"checkpoint {damaged} is " in process.communicate()[0]
     assert not psutil.wait_procs(orphans, timeout=30)[1]
     for trial in (space.parent / "sweeps/tiny/trials").iterdir():
         steps = [row[tracking.STEP] for row in tracking.logged(trial) if "train/loss" in row]
@@ -186,27 +188,38 @@ def test_a_machine_of_two_is_lost(space, serial, while_it_starts):
     assert not any(entry.deaths for entry in sweeps.entries(space, "tiny"))
 
 
-def test_a_process_ends_whose_engine_never_answers():
-    """No machine of the cluster has room for it."""
-
-    class Waiting:
-        def pid(self):
-            return os.getpid()
-
-        def leave(self, engine):
-            forget(engine, 0)
-            ray.actor.exit_actor()
-
+def test_a_machine_is_taken_away(space):
+    """With notice: its trials write a checkpoint and go on in the other's engine; nothing is trained twice."""
     with nodes.cluster() as cluster:
-        ray.init(address=cluster.address, include_dashboard=False, log_to_driver=False)
-        try:
-            waiting: Any = ray.remote(num_cpus=0)(Waiting).remote()
-            process = psutil.Process(ray.get(waiting.pid.remote()))
-            engine = launch(1, 0, 1)  # is given up with its handle
-            waiting.leave.remote(engine)
-            process.wait(30)
-        finally:
-            ray.shutdown()
+        first, _ = cluster.start(cpus=1), cluster.start(cpus=1)
+        settings = ("--set", "packing.slots=2", "--set", "budget.steps=1500")
+        process = sweeps.start(space, *settings, "--address", cluster.address)
+        sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
+        first.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert 1 <= output.count("leaves a machine that is taken away") <= 4, output
+    entries = sweeps.entries(space, "tiny")
+    assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
+    assert [entry.cost.steps for entry in entries] == [1500] * 4
+    assert not any(entry.deaths for entry in entries)
+
+
+def test_a_full_disk(space, serial, tmp_path):
+    with small_disk(tmp_path / "disk", size=16) as disk:
+        shutil.copy(space, disk)
+        on_disk = disk / space.name
+        process = sweeps.start(on_disk)
+        sweeps.wait_until(lambda: sweeps.reported(on_disk, "tiny") >= 2, process)
+        filler = fill(disk)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, output
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        filler.unlink()
+        done = sweeps.run(on_disk)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_same_outcome(on_disk, serial)
 
 
 def test_machines_that_do_not_share_files_are_refused(space):

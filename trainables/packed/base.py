@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,7 +93,8 @@ class Base:
         if not others:
             del self._stacks[key]
         elif 2 * len(others) <= len(stack.adapters):  # what is free is worth a copy of the rest
-            self._stacks[key] = Stack(others, self.dtype, self.model.dtype)
+            with suppress(torch.OutOfMemoryError):  # else it serves them as it is
+                self._stacks[key] = Stack(others, self.dtype, self.model.dtype)
 
     def refresh(self, adapter: Adapter) -> None:
         """Take over the weights of an adapter that have changed."""

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,8 @@ class Engine:
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
         self._gave_way: dict[int, int] = {}
         """Trials that did not fit beside others, by number, and how many may be here with each, it included."""
+        self._refused: dict[int, int] = {}
+        """Trials that could not be started beside so many others."""
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -92,11 +94,7 @@ class Engine:
         def call() -> Started:
             self._close(lambda member: member.number == number)
             present = {member.number for member in self._members.values()}
-            waiting = [other for other in self._gave_way if other not in present]
-            most = min(
-                (self._gave_way[other] for other in {*present, number} & self._gave_way.keys()), default=math.inf
-            )
-            if present and (len(present) >= most or waiting[:1] not in ([], [number])):
+            if not self._may_try(number, present):
                 raise NoRoomYet("it does not fit beside the trials that are here")
             full = None
             try:
@@ -106,18 +104,30 @@ class Engine:
                     raise
                 full = str(error)  # the error itself holds on to the tensors of its frames
             if full is not None:
+                self._refused[number] = len(present)
                 raise NoRoomYet(full)
             assert isinstance(trial, QLoRATrial)
+            self._refused.pop(number, None)
             self._members[key] = Member(number, trial)
             self._most.clear()
             return Started(trial.total_steps, trial.step, trial.evaluations, trial.banner)
 
         return self._called(call)
 
+    def _may_try(self, number: int, present: Set[int]) -> bool:
+        """Whether a trial may be started beside those that are here: not where that has failed already, not beside one
+        that needs more room, and not before one that has given way."""
+        if not present:
+            return True
+        waiting = [other for other in self._gave_way if other not in present]
+        limits = [self._gave_way[other] for other in {*present, number} & self._gave_way.keys()]
+        most = min([*limits, self._refused.get(number, math.inf)])
+        return len(present) < most and waiting[:1] in ([], [number])
+
     def advance(self, key: str, seconds: float) -> tuple[Slice, list[str]]:
         """What happened since the last call, after about `seconds` or at the end of an evaluation; and notes.
 
-        Raises `OutOfMemory` when the trial does not fit into memory even alone.
+        Raises `OutOfMemory` when a step of the trial does not fit into memory even by itself.
         """
         future: Future[tuple[Slice, list[str]]] = Future()
 
@@ -174,6 +184,7 @@ class Engine:
 
     def _end(self, number: int) -> None:
         self._gave_way.pop(number, None)
+        self._refused.pop(number, None)
         self._close(lambda member: member.number == number)
 
     def _member(self, key: str) -> Member:
@@ -231,7 +242,7 @@ class Engine:
         """Calls that have come; with `wait`, at least one."""
         if wait:
             yield self._calls.get()
-        while not self._calls.empty():
+        for _ in range(self._calls.qsize()):  # not those that come meanwhile: trials are to get their turns
             yield self._calls.get()
 
     def _group(self) -> list[Member]:
@@ -268,7 +279,8 @@ class Engine:
         else:
             self._notes.append(f"{type(failure).__name__} in a step of {len(group)} trials: each takes it alone")
             for member in group:
-                self._turn([member])
+                if member.goes_on:  # a step that it took before the error may have been its last
+                    self._turn([member])
 
     def _deliver(self) -> None:
         for member in self._members.values():

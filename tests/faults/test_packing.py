@@ -95,7 +95,8 @@ def test_a_packed_sweep_is_a_serial_one(space, serial):
 
 @pytest.mark.timeout(600)  # three starts of an engine
 def test_told_to_end_and_then_killed(space, serial):
-    """SIGTERM to all, after which a checkpoint is damaged; later SIGKILL to the driver. W&B has each step once."""
+    """SIGTERM to all, later SIGKILL to the driver; nothing is trained twice after the first. After the other a
+    checkpoint is damaged, too."""
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 2, process)
     began = time.monotonic()
@@ -103,22 +104,24 @@ def test_told_to_end_and_then_killed(space, serial):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert time.monotonic() - began < 30
-    unfinished = [entry.number for entry in sweeps.entries(space, "tiny") if entry.state is TrialState.RUNNING]
-    damaged = max((space.parent / f"sweeps/tiny/trials/{max(unfinished):03d}").glob("step-*"))
-    flip(damaged / "adapter_model.safetensors")
 
     process = sweeps.start(space)
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 7, process)
     orphans = engines(process)
     process.kill()
-    assert f"checkpoint {damaged} is " in process.communicate()[0]
+    process.wait()
     assert not psutil.wait_procs(orphans, timeout=30)[1]
     for trial in (space.parent / "sweeps/tiny/trials").iterdir():
         steps = [row[tracking.STEP] for row in tracking.logged(trial) if "train/loss" in row]
         assert steps == list(range(1, len(steps) + 1))
 
+    unfinished = [entry.number for entry in sweeps.entries(space, "tiny") if entry.state is TrialState.RUNNING]
+    trials = [space.parent / f"sweeps/tiny/trials/{number:03d}" for number in unfinished]
+    damaged = next(max(trial.glob("step-*")) for trial in trials if any(trial.glob("step-*")))
+    flip(damaged / "adapter_model.safetensors")
     again = sweeps.run(space)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert f"checkpoint {damaged} is " in again.stdout
     assert_same_outcome(space, serial)
 
 
@@ -142,12 +145,12 @@ def test_processes_are_killed(space, serial):
 
 def test_an_engine_falls_silent(space, serial):
     """It is killed; none of its trials is blamed."""
-    process = sweeps.start(space, "--set", "trial_timeout=8")
+    process = sweeps.start(space, "--set", "trial_timeout=20")
     sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
     engines(process)[0].suspend()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    assert 2 <= output.count("lost its engine, of which nothing was heard for 8 s") <= 3, output
+    assert 2 <= output.count("lost its engine, of which nothing was heard for 20 s") <= 3, output
     assert_same_outcome(space, serial)
     assert not any(entry.silences or entry.deaths for entry in sweeps.entries(space, "tiny"))
 

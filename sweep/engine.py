@@ -94,6 +94,8 @@ class Engines:
         self._down: dict[int, float] = {}  # time.monotonic() since when each does not run
         self._lost: set[int] = set()
         self._places: dict[int, int] = {}  # of trials
+        self._away: set[int] = set()  # those of them that are to be handed out again
+        self._shared: set[int] = set()  # those that have not been alone there since they were handed out
 
     def look(self) -> None:
         """See which of them are lost: the machine is gone, or going, or no machine has room for them.
@@ -137,7 +139,8 @@ class Engines:
         self.look()
         now = time.monotonic()
         unseen = {i for i, since in self._down.items() if i not in self._nodes and now - since > COMING_SECONDS}
-        loads = Counter(self._places[other] for other in running if other != number and other in self._places)
+        here = [other for other in running if other != number and other in self._places and other not in self._away]
+        loads = Counter(self._places[other] for other in here)
         chosen = min(
             range(len(self._engines)),
             key=lambda i: (i in self._lost, loads[i] >= self._slots, i in unseen, loads[i]),
@@ -145,19 +148,34 @@ class Engines:
         for other, where in list(self._places.items()):
             if other not in running or (other == number and where != chosen):
                 self.forget(other)
+        company = [other for other in here if self._places[other] == chosen]
         self._places[number] = chosen
+        self._away.discard(number)
+        self._shared.discard(number)
+        if company:
+            self._shared.update(company, [number])
         return self._engines[chosen]
+
+    def put_back(self, number: int) -> None:
+        """The trial has lost its process, or its engine, and is to be handed out again."""
+        self._away.add(number)
+
+    def shared(self, number: int) -> bool:
+        """Whether its engine had other trials, too, at any time since the trial was last handed out."""
+        return number in self._shared
 
     def forget(self, number: int) -> None:
         """Have the engine of a trial end it, if it has it still; not when the trial may come back there at once."""
-        if number in self._places:
-            self._engines[self._places.pop(number)].call.remote("forget", number)
+        where = self._places.pop(number, None)
+        if where is not None and where not in self._down:  # one that starts again has none
+            self._engines[where].call.remote("forget", number)
 
     def fewer(self) -> int | None:
-        """Have half as many trials share each from now on; gives how many, None when each has only one already."""
+        """Have half as many trials share each from now on as did; gives how many, None when it is one already."""
         if self._slots == 1:
             return None
-        self._slots = -(-self._slots // 2)
+        most = max(Counter(self._places.values()).values(), default=self._slots)
+        self._slots = -(-min(self._slots, most) // 2)
         return self._slots
 
     def end(self) -> None:
@@ -279,7 +297,7 @@ class PackedTrial:
                 self._seen = now
             missed = missed + 1 if node_is_gone(node) or node_is_gone(self.node) else 0
             limit = (START_SECONDS if state == "RESTARTING" else FIRST_SECONDS) if patient else 0.0
-            if missed > 1 or now - self._seen > limit:  # once may be a lost packet
+            if missed > 1 or (now - self._seen > limit and not missed):  # once may be a lost packet
                 ray.cancel(asked)
                 if missed or patient:
                     raise EngineGone("the machine of its engine is gone, or there is none with room for it")

@@ -154,6 +154,8 @@ class Requests:
         self._waits: dict[str, float] = {}  # time.monotonic() since when, by name of a request
         self.put_back: Callable[[int], None] = lambda number: None
         """Called with trials that are to go on."""
+        self.ended: Callable[[int], None] = lambda number: None
+        """Called with trials that end without a process."""
         self.to_stop: set[int] = set()
         """Trials that end with the next slice of their process."""
         self._honoured: Collection[Verb] = ALLOWED
@@ -225,6 +227,7 @@ class Requests:
         elif request.verb == "stop":
             self.to_stop.discard(number)  # its process was lost before it could
             self._ledger.stop(number, BY_HAND)
+            self.ended(number)
             self._listener.ended(self._ledger.entry(number))
             self._answer(request, f"trial {number} is {_state(self._ledger.entry(number))}")
         elif request.verb == "revive":

@@ -387,6 +387,8 @@ def _train(
         ready=engines.ready if engines else lambda running: True,
     )
     requests.put_back = searcher.hand_out_again
+    if engines:
+        requests.ended = engines.forget
     scheduler = LedgerScheduler(
         ledger,
         settle=settled,

@@ -113,6 +113,7 @@ class Watch(tune.Callback, tune.Stopper):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self._heard[trial.trial_id] = time.monotonic()
         self._told.add(trial.trial_id)
+        self.stranded.discard(trial.trial_id)  # the scheduler has had the result
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         now = time.monotonic()
@@ -141,8 +142,9 @@ class Watch(tune.Callback, tune.Stopper):
         self._unsaved = sum(patient or trial.trial_id in self._told for trial in running)
 
     def _end_silence(self, trial: Any, running: Sequence[Any], now: float) -> None:
-        """Kill what a silent trial hangs in: its engine, when all trials of that are as silent; its process, when the
-        engine works for others, or has been killed already; both, when there are no others."""
+        """Kill what a silent trial hangs in: its engine, when nothing is heard of the others there (of those that have
+        told something before: the rest may be loading); its process, when the engine works for others, or has been
+        killed already; both, when there are no others."""
         engine, actor = trial.config["assignment"].engine, trial.temporary_state.ray_actor
         if trial.trial_id in self.silenced or actor is None:
             return
@@ -247,7 +249,6 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.report(number, done.evaluation, done.objective, loss)
         if slice_.steps or slice_.evaluation is not None:
             self._breakdowns = 0
-            self._watch.stranded.discard(trial.trial_id)
         if slice_.evaluation is not None or slice_.done or self._drain():
             self._ledger.spend(number, result["cost"])
         if slice_.failure is not None:
@@ -374,7 +375,7 @@ class LedgerScheduler(FIFOScheduler):
             self._drain.request("breakdown", f"{failure.reason}. Mend it; no trial is blamed")
             return None
         if failure.engine is not None:
-            self._engine_lost(number, failure.reason, died=failure.engine == "died" and not hung)
+            self._engine_lost(number, failure.reason, died=failure.engine == "died", hung=hung)
             if self._ledger.entry(number).state.is_finished():
                 return None
             silence = f", of which nothing was heard for {self._watch.trial_timeout:g} s" if hung else ""
@@ -384,13 +385,13 @@ class LedgerScheduler(FIFOScheduler):
         self._broke_down(number, failure.reason)
         return f"broke down ({failure.reason})" if failure.environment else None
 
-    def _engine_lost(self, number: int, reason: str, *, died: bool) -> None:
+    def _engine_lost(self, number: int, reason: str, *, died: bool, hung: bool) -> None:
         """All trials of an engine tell of its end; it counts once."""
         if died:
             here = (number, self._ledger.entry(number).reported)
             self._engine_deaths[here] += 1
             if self._engine_deaths[here] % 2 == 0:
-                self._relieve(number, self._engine_deaths[here])
+                self._relieve(number, self._engine_deaths[here], hung=hung)
         now = time.monotonic()
         self._accidents[number] += 1
         if now - self._engine_ended > ENGINE_SECONDS or self._accidents[number] > ACCIDENTS:
@@ -398,25 +399,23 @@ class LedgerScheduler(FIFOScheduler):
             self._accidents[number] -= 1
             self._broke_down(number, reason)
 
-    def _relieve(self, number: int, deaths: int) -> None:
+    def _relieve(self, number: int, ends: int, *, hung: bool) -> None:
         """An engine that died twice at the same place is taken for the machine's memory, as a process is.
 
-        None of its trials is blamed while they are several: micro-batches are halved; where they are single rows, fewer
-        trials share an engine.
+        None of its trials is blamed while they are several: micro-batches are halved; where they are single rows, and
+        where the engine `hung`, fewer trials share one.
         """
-        entry, now = self._ledger.entry(number), time.monotonic()
-        why = f"lost its engine {deaths} times at the same place"
-        if may_halve(entry.config, entry.halvings):
+        entry, now, engines = self._ledger.entry(number), time.monotonic(), self._watch.engines
+        assert engines is not None
+        why = f"lost its engine {ends} times at the same place"
+        if may_halve(entry.config, entry.halvings) and not hung:
             self._halve(number, entry.halvings + 1, why)
-        elif now - self._made_fewer > ENGINE_SECONDS:  # else another trial has told of the same end
-            assert self._watch.engines is not None
-            most = self._watch.engines.fewer()
-            if most is None:
-                rows = entry.config.micro_batch(entry.halvings)
-                self._ledger.fail(number, f"it {why}, the last time alone there, with a micro-batch of {rows}")
-                return
+        elif not engines.shared(number):
+            rows = entry.config.micro_batch(entry.halvings)
+            self._ledger.fail(number, f"it {why}, the last time alone there, with a micro-batch of {rows}")
+        elif now - self._made_fewer > ENGINE_SECONDS and (most := engines.fewer()) is not None:
             self._made_fewer = now
-            self._breakdowns = 0  # it is a remedy, and there are few of them
+            self._breakdowns = 0  # this run has few such remedies
             self._accidents.clear()
             shared = f"{most} trials at most share an engine" if most > 1 else "each trial has an engine to itself"
             self._listener.note(f"trial {number:3d} {why}: from now on {shared}")
@@ -428,6 +427,8 @@ class LedgerScheduler(FIFOScheduler):
 
     def _hand_out_again(self, number: int, why: str) -> None:
         self._listener.note(f"trial {number:3d} {why}; it goes on from its last checkpoint")
+        if self._watch.engines is not None:
+            self._watch.engines.put_back(number)
         self._put_back(number)
 
     def _broke_down(self, number: int, reason: str) -> None:

@@ -437,6 +437,7 @@ def test_closing_one_that_somebody_waits_for(engine, tiny):
 def test_no_room_for_another_base_until_others_end(engine, tiny, monkeypatch):
     started = qlora_sft.start
     engine.start("a", 0, CONFIG, tiny, None)
+    engine.start("c", 2, CONFIG, tiny, None)
 
     def full(*key):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -449,6 +450,9 @@ def test_no_room_for_another_base_until_others_end(engine, tiny, monkeypatch):
         engine.start("b", 1, config(quant_type="fp4"), tiny, None)
     monkeypatch.setattr(qlora_sft, "start", started)
     engine.close("a")
+    with pytest.raises(NoRoomYet, match="no room for the model"):  # not beside the same ones
+        engine.start("b", 1, config(quant_type="fp4"), tiny, None)
+    engine.close("c")
     with pytest.raises(MemoryError, match="no room for the model", check=lambda error: type(error) is MemoryError):
         engine.start("b", 1, config(quant_type="fp4"), tiny, None)
 
@@ -480,13 +484,13 @@ def test_those_who_ask_without_end_leave_time_for_turns(engine, tiny):
             time.sleep(0.05)
             engine._calls.put(ask)
 
-    try:
-        for _ in range(2):
-            engine._calls.put(ask)
-        with ThreadPoolExecutor(1) as pool:
+    for _ in range(2):
+        engine._calls.put(ask)
+    with ThreadPoolExecutor(1) as pool:
+        try:
             slice_, _ = pool.submit(engine.advance, "a", 0.0).result(30)
-    finally:
-        asked.set()
+        finally:
+            asked.set()
     assert slice_.steps
 
 

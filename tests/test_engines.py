@@ -60,19 +60,36 @@ def test_a_trial_that_comes_back_is_forgotten_where_it_was(world):
     assert world.forgotten == [("a", 0)]  # there it is to be started anew, which ends the attempt before
 
 
-def test_fewer_share_each(world):
+def test_fewer_share_each_than_did(world):
     assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, True, True]
+    for number in range(3):
+        world.choose(number, [0, 1, 2])
+    world.engines._slots = 8
     assert world.engines.fewer() == 1
     assert [world.engines.ready(running) for running in (1, 2, 3)] == [True, False, False]
     assert world.engines.fewer() is None
 
 
 def test_one_that_has_ended_is_forgotten_once(world):
-    assert world.choose(0, [0]) == "a"
+    assert [world.choose(n, [0, 1]) for n in range(2)] == ["a", "b"]
     for _ in range(2):
         world.engines.forget(0)
+    world.engines.forget(7)
+    assert world.forgotten == [("a", 0)]
+    world.starting = {"b": "b"}  # it has none any more, and might be told after the trial came back
+    world.engines.look()
     world.engines.forget(1)
     assert world.forgotten == [("a", 0)]
+
+
+def test_who_was_alone_in_an_engine_since_it_was_handed_out(world):
+    assert [world.choose(n, list(range(n + 1))) for n in range(3)] == ["a", "b", "a"]
+    assert [world.engines.shared(n) for n in range(3)] == [True, False, True]
+    for number in (0, 2):
+        world.engines.put_back(number)
+    assert [world.engines.shared(n) for n in range(3)] == [True, False, True]
+    assert world.choose(2, [0, 1, 2]) == "a"
+    assert [world.engines.shared(n) for n in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("trouble", ["gone", "draining"])

@@ -64,6 +64,16 @@ def ray_trial(number):
     )
 
 
+def engine_of(*numbers, slots):
+    """Engines with one that has these trials, and what it is told."""
+    told = []
+    made = Engines([SimpleNamespace(call=SimpleNamespace(remote=lambda *what: told.append(what)))], slots, set, print)
+    made.look = lambda: None
+    for number in numbers:
+        made.choose(number, numbers)
+    return made, told
+
+
 def test_a_fault_in_the_display_is_told_and_ends_nothing():
     ledger, drain = memory_ledger(), Drain()
     number = add_trial(ledger)
@@ -262,48 +272,57 @@ def test_an_engine_that_dies_twice_at_a_place_is_taken_for_memory(monkeypatch, e
     ledger, drain = memory_ledger(), Drain()
     number, smallest, another = (add_trial(ledger, batch_size=rows) for rows in (2, 1, 1))
     ours = scheduler(ledger, drain)
-    ours._watch.engines = engines = Engines([], 8, set, print)
+    ours._watch.engines, _ = engine_of(number, smallest, another, slots=8)
     ours._watch.stranded = {f"ray's {n}" for n in (number, smallest, another)} if hung else set()
     lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(error("it died")))
-    for expected in (0, halvings, halvings):
+    for times, expected in enumerate((0, halvings, halvings), start=1):
         clock[0] += 100
         for each in (number, smallest, another):
             assert ours.on_trial_result(None, ray_trial(each), lost) == TrialScheduler.CONTINUE
         assert ledger.entry(number).halvings == expected
         assert ledger.entry(smallest).halvings == 0
-        assert engines._slots == (4 if expected else 8)
+        assert ours._watch.engines._slots == (8 if times == 1 or error is EngineGone else 2)
     assert [entry.state for entry in ledger.entries()] == [TrialState.RUNNING] * 3
     ledger.report(number, 1, 2.0)  # elsewhere it counts anew
     ours.on_trial_result(None, ray_trial(number), lost)
     assert ledger.entry(number).halvings == halvings
     assert not drain()
-    for _ in range(9):
+    for _ in range(20):  # there are few remedies
         ours.on_trial_result(None, ray_trial(number), lost)
     assert drain()
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")
 def test_one_that_kills_its_engine_again_and_again_has_failed_and_no_other(monkeypatch):
-    """Two trials of single rows share an engine with room for 16; the other one's lives when they are apart."""
+    """Two trials of single rows share an engine with room for 16, until they are apart; the other one tells late."""
     clock = [0.0]
+    monkeypatch.setattr("sweep.scheduler._cause", lambda trial: RayActorError())
     monkeypatch.setattr("sweep.scheduler.time", SimpleNamespace(monotonic=lambda: clock[0]))
     ledger, drain = memory_ledger(), Drain()
     sick, well = (add_trial(ledger, batch_size=1) for _ in range(2))
     ours = scheduler(ledger, drain)
-    ours._watch.engines = engines = Engines([], 16, set, print)
+    ours._watch.engines, told = engine_of(sick, well, slots=16)
     lost = result(slice=Slice((), None, None, False, 0), failure=Failure.of(EngineLost("it died")))
-    rooms = []
-    for _ in range(8):
+
+    def lose(number: int) -> str:
         clock[0] += 100
-        for each in (sick, well):
-            assert ours.on_trial_result(None, ray_trial(each), lost) == TrialScheduler.CONTINUE
-        rooms.append(engines._slots)
-    assert rooms == [16, 8, 8, 4, 4, 2, 2, 1]
-    for expected in (TrialScheduler.CONTINUE, TrialScheduler.STOP):
-        clock[0] += 100
-        assert ours.on_trial_result(None, ray_trial(sick), lost) == expected
+        decision = ours.on_trial_result(None, ray_trial(number), lost)
+        if decision == TrialScheduler.CONTINUE:
+            ours.on_trial_error(None, ray_trial(number))
+        return decision
+
+    for slots in (16, 1):
+        assert [lose(sick), lose(well)] == [TrialScheduler.CONTINUE] * 2
+        assert ours._watch.engines._slots == slots
+        if slots > 1:
+            for number in (sick, well):
+                ours._watch.engines.choose(number, (sick, well))
+    for decision in (TrialScheduler.CONTINUE, TrialScheduler.STOP):
+        ours._watch.engines.choose(sick, (sick, well))
+        assert lose(sick) == decision
     assert [entry.state for entry in ledger.entries()] == [TrialState.FAIL, TrialState.RUNNING]
-    assert ledger.entry(sick).reason.startswith("it lost its engine 10 times at the same place, the last time alone")
+    assert ledger.entry(sick).reason.startswith("it lost its engine 4 times at the same place, the last time alone")
+    assert told == [("forget", sick)]
     assert not drain()
 
 

@@ -33,7 +33,9 @@ SHORT = 256
 """Tokens up to which attention is quicker in fp32 on a CPU that has bf16 instructions."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-_warm: dict[tuple[str, QuantType, ComputeDtype, bool], Base] = {}
+Key = tuple[str, QuantType, ComputeDtype, bool]
+"""What `base` is called with."""
+_warm: dict[Key, Base] = {}
 """Bases of this process, least recently used first."""
 _aten = torch.library.Library("aten", "IMPL", "CPU")
 """Holds what `multiply_bf16_in_fp32` registers."""
@@ -205,9 +207,9 @@ def _make_room() -> None:
     _collect()
 
 
-def drop_idle() -> bool:
-    """Drop all bases that serve no trial, because memory ran out; whether there were any."""
-    idle = [key for key, base in _warm.items() if base.idle]
+def drop_idle(wanted: Key | None = None) -> bool:
+    """Memory ran out: drop all bases that serve no trial, but for the one that is `wanted`; whether there were any."""
+    idle = [key for key, base in _warm.items() if base.idle and key != wanted]
     for key in idle:
         del _warm[key]
     _collect()

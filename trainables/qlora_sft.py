@@ -66,7 +66,7 @@ def start(config: QLoRAConfig, job: Job, checkpoint: Checkpoint | None) -> Trial
                 raise MemoryError(f"no room for the model: {error}") from error
             raise
 
-    return _with_room(made, MemoryError)
+    return _with_room(made, MemoryError, (job.model, config.quant_type, config.compute_dtype, config.double_quant))
 
 
 def gpu_load(device: torch.device) -> float | None:
@@ -318,12 +318,15 @@ def turn(trials: Sequence[QLoRATrial]) -> None:
     _with_room(take, OutOfMemory)
 
 
-def _with_room(work: Callable[[], T], lacking: type[Exception]) -> T:
-    """What comes of `work`, which is done once more without the bases that nobody needs when it is `lacking` memory."""
+def _with_room(work: Callable[[], T], lacking: type[Exception], wanted: model.Key | None = None) -> T:
+    """What comes of `work`, which is done once more without the bases that nobody needs when it is `lacking` memory.
+
+    The base that is `wanted` stays: it may serve nobody yet.
+    """
     try:
         return work()
     except lacking:
-        if not model.drop_idle():
+        if not model.drop_idle(wanted):
             raise
     return work()  # not before the error is gone, which holds on to the tensors of its frames
 

@@ -72,8 +72,8 @@ class Engine:
         self._most: WeakKeyDictionary[Base, int] = WeakKeyDictionary()  # trials that fit into memory together
         self._gave_way: dict[int, int] = {}
         """Trials that did not fit beside others, by number, and how many may be here with each, it included."""
-        self._refused: dict[int, int] = {}
-        """Trials that could not be started beside so many others."""
+        self._refused: dict[int, Set[int]] = {}
+        """Trials that could not be started beside these others."""
         self._turns = itertools.count(1)
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -104,7 +104,7 @@ class Engine:
                     raise
                 full = str(error)  # the error itself holds on to the tensors of its frames
             if full is not None:
-                self._refused[number] = len(present)
+                self._refused[number] = present
                 raise NoRoomYet(full)
             assert isinstance(trial, QLoRATrial)
             self._refused.pop(number, None)
@@ -115,13 +115,14 @@ class Engine:
         return self._called(call)
 
     def _may_try(self, number: int, present: Set[int]) -> bool:
-        """Whether a trial may be started beside those that are here: not where that has failed already, not beside one
-        that needs more room, and not before one that has given way."""
+        """Whether a trial may be started beside those that are here: not while all are here beside which that has
+        failed, not beside one that needs more room, and not before one that has given way."""
         if not present:
             return True
+        if number in self._refused and self._refused[number] <= present:
+            return False
         waiting = [other for other in self._gave_way if other not in present]
-        limits = [self._gave_way[other] for other in {*present, number} & self._gave_way.keys()]
-        most = min([*limits, self._refused.get(number, math.inf)])
+        most = min((self._gave_way[other] for other in {*present, number} & self._gave_way.keys()), default=math.inf)
         return len(present) < most and waiting[:1] in ([], [number])
 
     def advance(self, key: str, seconds: float) -> tuple[Slice, list[str]]:

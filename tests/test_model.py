@@ -79,6 +79,19 @@ def test_the_least_recently_used_base_goes_when_memory_is_short(llama, loads, mo
     assert len(loads) == 4
 
 
+def test_bases_that_serve_nobody_go_but_for_the_one_that_is_wanted(llama, loads):
+    nf4, fp4 = ((llama, each, "fp32", True) for each in ("nf4", "fp4"))
+    bases = [model.base(*each) for each in (nf4, fp4)]
+    served = adapter(bases[0])
+    bases[0].seat(served)
+    assert not model.drop_idle(fp4)
+    assert [model.base(*each) for each in (nf4, fp4)] == bases
+    assert model.drop_idle()
+    assert model.base(*nf4) is bases[0]
+    assert len(loads) == 2
+    bases[0].dismiss(served)
+
+
 def test_a_lack_of_memory_is_known_as_such():
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**50)

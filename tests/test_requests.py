@@ -242,8 +242,9 @@ def test_a_trial_with_a_process_ends_with_its_next_slice(sweep):
 @pytest.mark.parametrize("process", ["ends", "is lost"])
 def test_nothing_is_left_of_a_stop_that_was_carried_out(sweep, process):
     """Else it would end another trial of this number: one that is revived, or that verifies the winner."""
-    ledger = reopened(sweep)
+    ledger, ended = reopened(sweep), []
     ours = driver(sweep, ledger)
+    ours.ended = ended.append
     assert verb("stop", sweep, "--trial", 2)[0] == 0
     ours.look({2})
     assert ours.to_stop == {2}
@@ -252,6 +253,7 @@ def test_nothing_is_left_of_a_stop_that_was_carried_out(sweep, process):
         ours.end_search()
     else:
         ours.look(())
+    assert ended == ([2] if process == "is lost" else [])
     assert ours.to_stop == set()
     assert waiting(Place(str(sweep))) == []
     assert ledger.noted("requests")[-1]["outcome"] == "trial 2 is stopped (stopped by hand)"

@@ -257,6 +257,8 @@ def test_what_a_silent_trial_hangs_in_is_killed(monkeypatch, heard, killed, sile
         clock[0] += 9.5
         watch.on_step_begin(2, trials[:2])
         assert (sorted(found), watch.silenced) == (["a", "b", "engine"], {"a", "b"})
+        watch.on_trial_result(3, trials, trials[0], {})
+        assert watch.stranded == {"b"}
 
 
 @pytest.mark.filterwarnings("ignore:the progress display failed")

@@ -528,8 +528,14 @@ def test_nobody_starves_when_few_fit_together(engine, tiny, monkeypatch):
     make_room_for(2 * CONFIG.batch_size, monkeypatch)
     for number, each in enumerate(configs):
         engine.start(f"trial {number}", number, each, replace(job, budget=steps(1000, 1)), None)
-    with ThreadPoolExecutor(len(configs)) as pool:
-        slices = list(pool.map(lambda number: engine.advance(f"trial {number}", 3.0)[0], range(len(configs))))
-    done = [len(slice_.steps) for slice_ in slices]
+
+    def run(running: bool) -> None:
+        for member in engine._members.values():
+            member.running = running
+
+    engine._called(lambda: run(True))
+    time.sleep(3.0)
+    engine._called(lambda: run(False))
+    done = [len(engine.hold(f"trial {number}").steps) for number in range(len(configs))]
     assert min(done) > 0
     assert max(done) - min(done) <= 0.3 * max(done)

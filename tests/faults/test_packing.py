@@ -195,7 +195,7 @@ def test_a_machine_is_taken_away(space):
     """With notice: its trials write a checkpoint and go on in the other's engine; nothing is trained twice."""
     with nodes.cluster() as cluster:
         first, _ = cluster.start(cpus=1), cluster.start(cpus=1)
-        settings = ("--set", "packing.slots=2", "--set", "budget.steps=1500")
+        settings = ("--set", "packing.slots=2", "--set", "budget.steps=600")
         process = sweeps.start(space, *settings, "--address", cluster.address)
         sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
         first.send_signal(signal.SIGTERM)
@@ -204,7 +204,7 @@ def test_a_machine_is_taken_away(space):
     assert 1 <= output.count("leaves a machine that is taken away") <= 4, output
     entries = sweeps.entries(space, "tiny")
     assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
-    assert [entry.cost.steps for entry in entries] == [1500] * 4
+    assert [entry.cost.steps for entry in entries] == [600] * 4
     assert not any(entry.deaths for entry in entries)
 
 

@@ -143,16 +143,18 @@ def test_processes_are_killed(space, serial):
     assert sum(len(entry.deaths) for entry in sweeps.entries(space, "tiny")) == 1
 
 
-def test_an_engine_falls_silent(space, serial):
-    """It is killed; none of its trials is blamed."""
-    process = sweeps.start(space, "--set", "trial_timeout=20")
-    sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 1, process)
+@pytest.mark.timeout(600)
+def test_an_engine_falls_silent(space):
+    """It is killed; none of its trials, which have all told something, is blamed."""
+    process = sweeps.start(space, "--set", "trial_timeout=30", "--set", "budget.steps=1500")
+    sweeps.wait_until(lambda: len(attempts(space)) == 4, process)
     engines(process)[0].suspend()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
-    assert 2 <= output.count("lost its engine, of which nothing was heard for 20 s") <= 3, output
-    assert_same_outcome(space, serial)
-    assert not any(entry.silences or entry.deaths for entry in sweeps.entries(space, "tiny"))
+    assert output.count("lost its engine, of which nothing was heard for 30 s") >= 2, output
+    entries = sweeps.entries(space, "tiny")
+    assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
+    assert not any(entry.silences or entry.deaths for entry in entries)
 
 
 def test_the_end_of_an_engine_counts_once(space):
@@ -195,7 +197,7 @@ def test_a_machine_is_taken_away(space):
     """With notice: its trials write a checkpoint and go on in the other's engine; nothing is trained twice."""
     with nodes.cluster() as cluster:
         first, _ = cluster.start(cpus=1), cluster.start(cpus=1)
-        settings = ("--set", "packing.slots=2", "--set", "budget.steps=600")
+        settings = ("--set", "packing.slots=2", "--set", "budget.steps=1500")
         process = sweeps.start(space, *settings, "--address", cluster.address)
         sweeps.wait_until(lambda: sweeps.reported(space, "tiny") >= 3, process)
         first.send_signal(signal.SIGTERM)
@@ -204,7 +206,7 @@ def test_a_machine_is_taken_away(space):
     assert 1 <= output.count("leaves a machine that is taken away") <= 4, output
     entries = sweeps.entries(space, "tiny")
     assert [entry.state for entry in entries] == [TrialState.COMPLETE] * 4
-    assert [entry.cost.steps for entry in entries] == [600] * 4
+    assert [entry.cost.steps for entry in entries] == [1500] * 4
     assert not any(entry.deaths for entry in entries)
 
 

@@ -36,9 +36,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setattr(tracking, "_offline_until", 0.0)
-        monkeypatch.setattr(sync, "ASK_SECONDS", 4.0)
-        monkeypatch.setattr(sync, "UPLOAD_SECONDS", 8.0)
-        monkeypatch.setattr(sync, "SETTLE_SECONDS", 2.0)
+        monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # wandb's own process starts late on a busy machine
+        monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
+        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
         yield server
         tracking.close()
         tracking.notes()
@@ -69,7 +69,7 @@ def attempt(
     for happened in slices:
         tracking.log(run, happened)
     tracking.finish(run, state, {"stop_reason": None, **summary})
-    tracking.close(20)
+    tracking.close(60)
 
 
 def two_attempts(sweep: Path) -> None:
@@ -83,6 +83,17 @@ def marks(sweep: Path) -> int:
 
 def run(sweep: Path) -> Result:
     return CliRunner().invoke(app, ["sync", str(sweep)])
+
+
+def run_in_vain(sweep: Path) -> Result:
+    """As `run`, of a server that fails: it is not waited for as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sync, "ASK_SECONDS", 6.0)
+        patch.setattr(sync, "UPLOAD_SECONDS", 8.0)
+        patch.setattr(sync, "SETTLE_SECONDS", 2.0)
+        failed = run(sweep)
+    assert failed.exit_code == 1
+    return failed
 
 
 def found(sweep: Path) -> list[Path]:
@@ -133,8 +144,7 @@ def test_two_attempts_and_another_run(sweep: Path, server: WandbServer) -> None:
 def test_interrupted_and_repeated(sweep: Path, server: WandbServer, rows: int, fault: int | str) -> None:
     two_attempts(sweep)
     server.dies = (rows, fault)
-    cut_off = run(sweep)
-    assert cut_off.exit_code == 1
+    cut_off = run_in_vain(sweep)
     assert cut_off.stderr == (
         f"run id (id): W&B at {server.url} does not answer; the same command goes on when it does\n"
     )
@@ -153,7 +163,7 @@ def test_interrupted_again_and_again(sweep: Path, server: WandbServer) -> None:
     two_attempts(sweep)
     for rows in (30, 110):
         server.dies = (rows, 500)
-        assert run(sweep).exit_code == 1
+        run_in_vain(sweep)
         server.fault = None
         assert len(server.runs["id"].rows) == rows
     server.dies = None
@@ -166,7 +176,7 @@ def test_kill_9_half_way(sweep: Path, server: WandbServer, stage: str) -> None:
     two_attempts(sweep)
     if stage == "missing rows":
         server.dies = (20, 500)
-        assert run(sweep).exit_code == 1
+        run_in_vain(sweep)
         server.fault = None
     server.dies = (40, "hang")
     process = subprocess.Popen([sys.executable, "-m", "sweep", "sync", str(sweep)])
@@ -178,8 +188,8 @@ def test_kill_9_half_way(sweep: Path, server: WandbServer, stage: str) -> None:
         filelock.FileLock(sweep / "driver.lock", timeout=0).acquire()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    psutil.wait_procs(children, timeout=3)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    _, living = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in living if child.status() != psutil.STATUS_ZOMBIE]
     server.dies = server.fault = None
     assert len(server.runs["id"].rows) == 40
     assert run(sweep).exit_code == 0
@@ -192,9 +202,8 @@ def test_a_server_that_fails(sweep: Path, server: WandbServer, fault: int | str)
         attempt(sweep, run_id, trained(1, 5))
     server.fault = fault
     began = time.monotonic()
-    failed = run(sweep)
-    assert time.monotonic() - began < 8
-    assert failed.exit_code == 1
+    failed = run_in_vain(sweep)
+    assert time.monotonic() - began < 12
     told = "refuses to answer" if fault == 403 else "does not answer; the same command goes on"
     (line,) = failed.stderr.splitlines()
     assert line.startswith("run one (one), run two (two): W&B at ")
@@ -217,11 +226,10 @@ def test_a_server_that_refuses_the_rows(
     monkeypatch.setattr(sync, "_wandb_sync", lambda paths, files: plain.extend(files) or upload(paths, files))
     if rows:
         server.dies = (rows, 500)
-        assert run(sweep).exit_code == 1
+        run_in_vain(sweep)
         server.dies = server.fault = None
     server.stream_fault = 403
-    failed = run(sweep)
-    assert failed.exit_code == 1
+    failed = run_in_vain(sweep)
     assert failed.stderr.startswith("run id (id): W&B did not take all of ")
     assert failed.stderr.count("\n") == 1
     assert marks(sweep) == 0
@@ -237,8 +245,7 @@ def test_a_later_attempt_does_not_overtake(sweep: Path, server: WandbServer) -> 
     first = found(sweep)[0]
     whole = first.read_bytes()
     first.write_bytes(b"damaged")
-    failed = run(sweep)
-    assert failed.exit_code == 1
+    failed = run_in_vain(sweep)
     assert failed.stderr.startswith(f"id: {first} cannot be read (Error: transactionlog: bad header")
     assert failed.stderr.endswith(f"; move {first.parent} away to upload the rest of the run\n")
     assert failed.stdout == f"W&B has 1 of 2 runs of {sweep}, 1 of them sent now.\n"
@@ -259,7 +266,7 @@ def test_a_fragment_torn_by_a_kill(sweep: Path, server: WandbServer, rows: int |
     attempt(sweep, "id", *SECOND, best_step=150)
     if rows:
         server.dies = (rows, 500)
-        assert run(sweep).exit_code == 1
+        run_in_vain(sweep)
         server.dies = server.fault = None
     assert run(sweep).exit_code == 0
     assert marks(sweep) == 2
@@ -272,7 +279,7 @@ def test_a_killed_attempt_is_the_newest(sweep: Path, server: WandbServer) -> Non
     first.write_bytes(first.read_bytes()[:-6000])
     steps, evaluations = seen(tracking.rows_in(tracking.records(first)))
     server.dies = (20, 500)
-    assert run(sweep).exit_code == 1
+    run_in_vain(sweep)
     server.dies = server.fault = None
     assert run(sweep).exit_code == 0
     assert seen(server.runs["id"].rows) == (steps, evaluations)
@@ -375,7 +382,7 @@ def test_an_attempt_that_went_on_at_another_machine(sweep: Path, server: WandbSe
 def test_an_online_attempt_goes_on_after_half_an_upload(sweep: Path, server: WandbServer) -> None:
     attempt(sweep, "id", *FIRST, state="preempted", best_step=100)
     server.dies = (40, 500)
-    assert run(sweep).exit_code == 1
+    run_in_vain(sweep)
     server.dies = server.fault = None
     attempt(sweep, "id", *SECOND, mode="online", best_step=150)
     assert run(sweep).exit_code == 0
@@ -388,8 +395,7 @@ def test_rows_that_w_and_b_does_not_take_any_more(sweep: Path, server: WandbServ
     shutil.copytree(later, sweep / "by-hand" / later.name)
     subprocess.run([sys.executable, "-m", "wandb", "sync", sweep / "by-hand" / later.name], cwd=sweep, check=True)
     assert len(server.runs["id"].rows) == 51
-    failed = run(sweep)
-    assert failed.exit_code == 1
+    failed = run_in_vain(sweep)
     assert failed.stderr.startswith("run id (id): W&B has 51 of its first 153 rows, and takes none in between")
     assert len(server.runs["id"].rows) == 51
     assert marks(sweep) == 0

@@ -24,7 +24,10 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)  # wandb's own process takes long to start on a busy machine
+        monkeypatch.setattr(tracking, "_offline_until", 0.0)
+        monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # wandb's own process starts late on a busy machine
+        monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
+        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
         yield server
         tracking.close()
         tracking.notes()
@@ -49,7 +52,7 @@ def record(sweep, mode):
     tracking.log(run, trained(1, 2, Evaluation(1, 2, 2.5)))
     facts = {"best_eval_loss": 2.5, "best_step": 2, "first_rung_eval_loss": 2.5, "budget_share": 1.0}
     tracking.finish(run, "stopped", facts | {"stop_reason": "rung 1"})
-    tracking.close(20)
+    tracking.close(60)
 
 
 def workspace(sweep):

@@ -1,11 +1,12 @@
-"""The toy sweep that most tests of the framework run, disturb, and compare with."""
+"""The toy sweep that most tests of the framework run, disturb, and compare with; and wandb in this process."""
 
 import os
 import tempfile
 
 import pytest
 
-from tests import sweeps
+from sweep import sync, tracking
+from tests import sweeps, wandb_server
 from tests.tiny import make_tiny_llama, make_tiny_rows
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several workers that wait for each other take minutes
@@ -47,3 +48,30 @@ def undisturbed(tmp_path_factory):
     done = sweeps.run(file)
     assert done.returncode == 0, done.stdout + done.stderr
     return file, done, sweeps.entries(file)
+
+
+@pytest.fixture
+def fresh_wandb(monkeypatch, tmp_path):
+    """wandb as in a process just started on a machine without a key, and with nobody to talk to."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # its own process starts late on a busy machine
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
+    monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
+    monkeypatch.setattr(tracking, "_offline_until", 0.0)
+    tracking.close()  # it keeps the settings of whoever asked it first
+    yield
+    tracking.close()
+    tracking.notes()
+
+
+@pytest.fixture
+def server(monkeypatch, fresh_wandb):
+    """A W&B that wandb in this process and its children talks to, with a key."""
+    with wandb_server.serve() as served:
+        monkeypatch.setenv("WANDB_BASE_URL", served.url)
+        monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
+        yield served
+        tracking.close()

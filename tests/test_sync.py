@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -17,31 +16,15 @@ from typer.testing import CliRunner, Result
 from sweep import sync, tracking
 from sweep.cli import app
 from sweep.tracking import Tracking
-from tests.test_tracking import KEY, seen, trained, wandb_processes
+from tests.test_tracking import seen, trained, wandb_processes
 from tests.wandb_files import records
-from tests.wandb_server import WandbServer, serve
+from tests.wandb_server import KEY, WandbServer
 from trainables.protocol import Evaluation, Slice
 
 FIRST = (trained(1, 50, Evaluation(1, 50, 2.0)), trained(51, 100, Evaluation(2, 100, 1.0)))
 SECOND = (trained(51, 100, Evaluation(2, 100, 1.0)), trained(101, 150, Evaluation(3, 150, 0.9)))
 """From the checkpoint at step 50."""
 BOTH = (list(range(1, 151)), [50, 100, 150])
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    """A server that wandb in this process and its children talks to, with a key, as in a process just started."""
-    with serve() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(tracking, "_offline_until", 0.0)
-        monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # wandb's own process starts late on a busy machine
-        monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
-        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
-        yield server
-        tracking.close()
-        tracking.notes()
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """W&B, read back from wandb's own files with its own reader, and from a server on loopback."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,35 +16,11 @@ import pytest
 from sweep import tracking
 from sweep.tracking import Tracking
 from tests.wandb_files import final, history, records
-from tests.wandb_server import WandbServer, serve
+from tests.wandb_server import KEY, WandbServer
 from trainables.config import QLoRAConfig
 from trainables.protocol import Evaluation, Slice, Step
 
-KEY = "0123456789planted0123456789planted012345"
-
-
-@pytest.fixture(autouse=True)
-def fresh_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """wandb as in a process just started on a machine without a key, and with nobody to talk to."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # its own process starts late on a busy machine
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
-    monkeypatch.setattr(tracking, "_offline_until", 0.0)
-    yield
-    tracking._end_wandb()
-    tracking.notes()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """A server that wandb in this process and its children talks to, with a key."""
-    with serve() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
+pytestmark = pytest.mark.usefixtures("fresh_wandb")
 
 
 @pytest.fixture

@@ -10,27 +10,12 @@ from sweep.cli import app
 from sweep.study import open_journal
 from sweep.tracking import Tracking
 from tests import sweeps
-from tests.test_tracking import KEY, trained
-from tests.wandb_server import ServedRun, WandbServer, serve
+from tests.test_tracking import trained
+from tests.wandb_server import KEY, ServedRun, WandbServer
 from trainables.config import QLoRAConfig
 from trainables.protocol import Evaluation
 
 VIEW = "nw-0a1b2c3d-v"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with serve() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(tracking, "_offline_until", 0.0)
-        monkeypatch.setattr(tracking, "INIT_SECONDS", 60.0)  # wandb's own process starts late on a busy machine
-        monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
-        monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
-        yield server
-        tracking.close()
-        tracking.notes()
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from typing import Any
 
 from tests.loopback import JsonHandler, JsonServer, serving
 
+KEY = "0123456789planted0123456789planted012345"
+
 
 @dataclass
 class ServedRun:

@@ -21,12 +21,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
 
 from sweep.criterion import LOSS, Criterion
 from trainables.config import QLoRAConfig
@@ -43,6 +46,8 @@ INIT_SECONDS = 4.0
 """How long the server may take to open a run before its rows go to an offline fragment."""
 FINISH_SECONDS = 8.0
 """How long the last uploads of a run may take; what is left then stays in its fragment."""
+TEARDOWN_SECONDS = 4.0
+"""How long wandb's own process may take to end; it has written all rows of finished runs by then."""
 RETRY_SECONDS = 60.0
 """How long a process leaves W&B alone after it failed."""
 
@@ -535,12 +540,27 @@ def _close() -> None:
 
 
 def _end_wandb() -> None:
-    """Have wandb's own process write what it holds and end: a run that failed to open is stuck in it otherwise."""
+    """Have wandb's own process write what it holds and end: a run that failed to open is stuck in it otherwise.
+
+    It sometimes never ends after a request that W&B did not answer (0.31), and is killed then.
+    """
+    ending = threading.Thread(target=_teardown, name="wandb teardown", daemon=True)
+    ending.start()
+    ending.join(TEARDOWN_SECONDS)
+    if ending.is_alive():
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if "wandb-core" in child.name():
+                    child.kill()
+        ending.join()
+
+
+def _teardown() -> None:
     import wandb
 
     try:
         wandb.teardown()
-    except Exception:  # as when it is dead
+    except (Exception, SystemExit):  # as when it is dead, or was killed
         logger.debug("wandb.teardown", exc_info=True)
 
 

@@ -280,6 +280,18 @@ def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbS
     assert len(history(fragments(to, "next")[0])) == 3
 
 
+def test_a_wandb_process_that_does_not_end_is_killed(offline: Tracking) -> None:
+    record(offline, "id", trained(1, 3)).thread.join()
+    (process,) = wandb_processes()
+    process.suspend()
+    tracking.close()
+    assert not process.is_running()
+    record(offline, "next", trained(1, 3))
+    tracking.close()
+    assert len(history(fragments(offline, "next")[0])) == 3
+    assert tracking.notes() == []
+
+
 @pytest.mark.parametrize("fault", ["hang", 401, 429, 500])
 def test_a_server_that_fails_holds_nothing_up(
     online: Tracking, server: WandbServer, fault: int | str, monkeypatch: pytest.MonkeyPatch

@@ -146,7 +146,7 @@ def test_processes_are_killed(space, serial):
 @pytest.mark.timeout(600)
 def test_an_engine_falls_silent(space):
     """It is killed; none of its trials, which have all told something, is blamed."""
-    process = sweeps.start(space, "--set", "trial_timeout=30", "--set", "budget.steps=1500")
+    process = sweeps.start(space, "--set", "trial_timeout=30", "--set", "budget.steps=400")
     sweeps.wait_until(lambda: len(attempts(space)) == 4, process)
     engines(process)[0].suspend()
     output, _ = process.communicate(timeout=250)

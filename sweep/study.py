@@ -580,7 +580,7 @@ def _draws(
 
 
 class _Shared(FrozenTrial):
-    """A trial as a study in memory may have it beside the ledger: where it stands there is its own, the rest is shared.
+    """A trial that a study in memory has beside the ledger: its number there is its own, all else is shared.
 
     A study copies what is added to it deeply, which takes longer than the sampler does.
     """

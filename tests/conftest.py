@@ -61,9 +61,10 @@ def fresh_wandb(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 60.0)
     monkeypatch.setattr(sync, "ASK_SECONDS", 60.0)
     monkeypatch.setattr(tracking, "_offline_until", 0.0)
-    tracking.close()  # it keeps the settings of whoever asked it first
+    tracking.close(60)  # it keeps the settings of whoever asked it first
+    tracking.notes()
     yield
-    tracking.close()
+    tracking.close(60)
     tracking.notes()
 
 
@@ -74,4 +75,4 @@ def server(monkeypatch, fresh_wandb):
         monkeypatch.setenv("WANDB_BASE_URL", served.url)
         monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
         yield served
-        tracking.close()
+        tracking.close(60)

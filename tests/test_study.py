@@ -76,16 +76,18 @@ def test_no_configuration_twice_and_an_end_when_none_is_left(tmp_path, sampler):
         propose(ledger.entries(), searched, sampler, 3, ())
 
 
-def test_proposing_changes_no_trial(tmp_path):
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_proposing_changes_no_trial(tmp_path, sampler):
     """Not even where those of an earlier sweep come first, so that the sampler knows them by other numbers."""
     searched = space(tmp_path, CONTINUOUS)
     earlier, ledger = memory_ledger(), memory_ledger()
     drive(earlier, searched, 3)
     drive(ledger, searched, 8)
-    entries = ledger.entries()
-    before = copy.deepcopy([entry.trial for entry in entries])
-    propose(entries, searched, "tpe", 3, (), [entry.trial for entry in earlier.entries()])
-    assert [entry.trial for entry in entries] == before
+    ledger.add(propose(ledger.entries(), searched, sampler, 3, ()))  # runs
+    known, entries = [entry.trial for entry in earlier.entries()], ledger.entries()
+    before = copy.deepcopy((known, entries))
+    propose(entries, searched, sampler, 3, (), known)
+    assert (known, entries) == before
 
 
 def test_told_truthfully(tmp_path):

@@ -186,7 +186,7 @@ def test_a_server_that_fails(sweep: Path, server: WandbServer, fault: int | str)
     server.fault = fault
     began = time.monotonic()
     failed = run_in_vain(sweep)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 30
     told = "refuses to answer" if fault == 403 else "does not answer; the same command goes on"
     (line,) = failed.stderr.splitlines()
     assert line.startswith("run one (one), run two (two): W&B at ")
@@ -228,7 +228,8 @@ def test_a_later_attempt_does_not_overtake(sweep: Path, server: WandbServer) -> 
     first = found(sweep)[0]
     whole = first.read_bytes()
     first.write_bytes(b"damaged")
-    failed = run_in_vain(sweep)
+    failed = run(sweep)
+    assert failed.exit_code == 1
     assert failed.stderr.startswith(f"id: {first} cannot be read (Error: transactionlog: bad header")
     assert failed.stderr.endswith(f"; move {first.parent} away to upload the rest of the run\n")
     assert failed.stdout == f"W&B has 1 of 2 runs of {sweep}, 1 of them sent now.\n"
@@ -378,7 +379,8 @@ def test_rows_that_w_and_b_does_not_take_any_more(sweep: Path, server: WandbServ
     shutil.copytree(later, sweep / "by-hand" / later.name)
     subprocess.run([sys.executable, "-m", "wandb", "sync", sweep / "by-hand" / later.name], cwd=sweep, check=True)
     assert len(server.runs["id"].rows) == 51
-    failed = run_in_vain(sweep)
+    failed = run(sweep)
+    assert failed.exit_code == 1
     assert failed.stderr.startswith("run id (id): W&B has 51 of its first 153 rows, and takes none in between")
     assert len(server.runs["id"].rows) == 51
     assert marks(sweep) == 0

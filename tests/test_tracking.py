@@ -88,7 +88,7 @@ def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixtu
     while not (fragments(offline, "id7") and "stats" in records(fragments(offline, "id7")[0])):
         time.sleep(0.1)  # a run may be over before the machine is measured for the first time
     tracking.finish(run, "stopped", {"best_eval_loss": 2.5, "best_step": 4, "stop_reason": "rung 1"})
-    tracking.close()
+    tracking.close(60)
 
     found = records(fragments(offline, "id7")[0])
     [opened] = found["run"]
@@ -132,7 +132,7 @@ def test_a_run_holds_what_happened(offline: Tracking, capfd: pytest.CaptureFixtu
 )
 def test_states(offline: Tracking, state: tracking.State, exit_code: int, preempting: bool) -> None:
     record(offline, "id", trained(1, 1), state=state)
-    tracking.close()
+    tracking.close(60)
     found = records(fragments(offline, "id")[0])
     assert found["exit"] == [{"exit_code": exit_code}]
     assert ("preempting" in found) == preempting
@@ -144,7 +144,7 @@ def test_half_a_row_of_a_killed_process_is_left_out(offline: Tracking) -> None:
     rows.parent.mkdir(parents=True)
     rows.write_text('{"train/global_step": 1, "train/loss": 2.0}\n{"train/global_st')
     record(offline, "id", trained(2, 3))
-    tracking.close()
+    tracking.close(60)
     assert seen(history(fragments(offline, "id")[0])) == ([1, 2, 3], [])
     assert [row["train/global_step"] for row in tracking.logged(rows.parent)] == [1, 2, 3]
     assert (rows.parent / tracking.RECORDED).read_text() == "offline"
@@ -152,7 +152,7 @@ def test_half_a_row_of_a_killed_process_is_left_out(offline: Tracking) -> None:
 
 def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
     runs = [record(offline, f"id{n}", trained(n, n + 2)) for n in (1, 2, 3)]
-    tracking.close()
+    tracking.close(60)
     assert not any(run.thread.is_alive() for run in runs)
     assert wandb_processes() == []  # all that it held is written
     assert [seen(history(fragments(offline, f"id{n}")[0]))[0] for n in (1, 2, 3)] == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
@@ -161,7 +161,7 @@ def test_runs_of_one_process_do_not_mix(offline: Tracking) -> None:
 def test_disabled_writes_nothing(tmp_path: Path) -> None:
     off = Tracking("project", None, "pricer", "disabled", str(tmp_path / "sweep"))
     record(off, "id", trained(1, 3))
-    tracking.close()
+    tracking.close(60)
     assert not Path(off.directory).exists()
 
 
@@ -171,7 +171,7 @@ def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     run = tracking.start(unusable, "id", "name", {}, tmp_path / "trial")
     tracking.log(run, trained(1, 3))
     tracking.finish(run, "complete", {})
-    tracking.close()
+    tracking.close(60)
     assert len(tracking.logged(tmp_path / "trial")) == 3
     assert not (tmp_path / "trial" / tracking.RECORDED).exists()
     assert tracking.notes() == [
@@ -185,7 +185,7 @@ def test_offline_contacts_nobody(offline: Tracking, server: WandbServer) -> None
     while not fragments(offline, "id3"):
         time.sleep(0.02)
     assert ["--no-observability" in process.cmdline() for process in wandb_processes()] == [True]
-    tracking.close()
+    tracking.close(60)
     assert len(history(fragments(offline, "id3")[0])) == 100
     assert server.requests == []
 
@@ -194,10 +194,10 @@ def test_attempts_add_up_offline_and_when_synced(offline: Tracking, server: Wand
     evaluations = [Evaluation(n, 4 * n, 3.0 - n) for n in range(4)]
     before = [Slice((), evaluations[0], None, False, 0), trained(1, 4, evaluations[1]), trained(5, 8, evaluations[2])]
     record(offline, "id", *before, trained(9, 10), state="preempted")
-    tracking.close()
+    tracking.close(60)
     again = [trained(5, 8, evaluations[2]), trained(9, 12, evaluations[3])]  # from the checkpoint at step 4
     record(offline, "id", *again, best_eval_loss=0.0)
-    tracking.close()
+    tracking.close(60)
 
     first, second = (seen(history(fragment)) for fragment in fragments(offline, "id"))
     assert first == (list(range(1, 11)), [0, 4, 8])
@@ -253,7 +253,7 @@ def test_kill_9_loses_no_more_than_the_last_moment(offline: Tracking, server: Wa
 
     last = max(times)  # logged, and told
     record(offline, "id", trained(last - 2, last + 5))  # goes on from a checkpoint
-    tracking.close()
+    tracking.close(60)
     steps = seen(history(fragments(offline, "id")[-1]))[0]
     assert steps == list(range(len(kept) + 1, last + 6))  # what wandb had not got yet is there
 
@@ -270,24 +270,28 @@ def test_death_of_the_wandb_process_loses_nothing(tmp_path: Path, server: WandbS
         process.kill()
     tracking.log(run, trained(21, 30))
     tracking.finish(run, "complete", {})
-    tracking.close()
+    tracking.close(60)
     steps = [step for fragment in fragments(to, "id") for step in seen(history(fragment))[0]]
     assert steps == list(range(1, 31))
     [note] = tracking.notes()
     assert "sweep sync" in note
     record(to, "next", trained(1, 3))
-    tracking.close()
+    tracking.close(60)
     assert len(history(fragments(to, "next")[0])) == 3
 
 
 def test_a_wandb_process_that_does_not_end_is_killed(offline: Tracking) -> None:
     record(offline, "id", trained(1, 3)).thread.join()
+    (fragment,) = fragments(offline, "id")
+    while len(history(fragment)) < 3:
+        time.sleep(0.1)
     (process,) = wandb_processes()
     process.suspend()
-    tracking.close()
+    tracking.close(60)
     assert not process.is_running()
+    assert len(history(fragment)) == 3
     record(offline, "next", trained(1, 3))
-    tracking.close()
+    tracking.close(60)
     assert len(history(fragments(offline, "next")[0])) == 3
     assert tracking.notes() == []
 
@@ -296,7 +300,7 @@ def test_a_wandb_process_that_does_not_end_is_killed(offline: Tracking) -> None:
 def test_a_server_that_fails_holds_nothing_up(
     online: Tracking, server: WandbServer, fault: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 3.0)
     server.fault = fault
     runs = [record(online, f"id{n}", *(trained(step, step) for step in range(1, 101)), best_step=100) for n in (1, 2)]
     assert all(
@@ -345,7 +349,7 @@ def test_online_runs_and_their_resumption(
     online: Tracking, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     record(online, "id", trained(1, 10, Evaluation(1, 10, 2.0)), state="preempted", best_step=10)
-    tracking.close()
+    tracking.close(60)
     run = server.runs["id"]
     assert run.fields["displayName"] == "run id"
     assert run.fields["groupName"] == "pricer"
@@ -356,7 +360,7 @@ def test_online_runs_and_their_resumption(
 
     again = [trained(6, 10, Evaluation(1, 10, 2.0)), trained(11, 15, Evaluation(2, 15, 1.0))]
     record(online, "id", *again, best_step=15)
-    tracking.close()
+    tracking.close(60)
     assert seen(run.rows) == (list(range(1, 16)), [10, 15])
     assert [row["_step"] for row in run.rows] == list(range(17))
     assert (run.summary["best_step"], run.summary["state"], run.exit_code) == (15, "complete", 0)
@@ -371,12 +375,12 @@ def test_rows_that_were_not_uploaded_any_more_are_sent_by_the_next_attempt(
     """Whatever the server's summary says, which is not always as far as its rows are."""
     diverged = Evaluation(1, 10, float("nan"))
     record(online, "id", trained(1, 10, diverged), state="preempted")
-    tracking.close()
+    tracking.close(60)
     run = server.runs["id"]
     run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:4]  # as if the machine had died
     run.summary = summary
     record(online, "id", trained(9, 12))
-    tracking.close()
+    tracking.close(60)
     assert seen(run.rows) == (list(range(1, 13)), [10])
     assert [str(row["eval/loss"]) for row in run.rows if "eval/loss" in row] == ["nan"]
 
@@ -387,7 +391,7 @@ def test_an_online_run_goes_on_at_another_machine(
 ) -> None:
     """Which has the rows of the trial as far as they were sent there; the server has fewer or more of them."""
     record(online, "id", trained(1, 10), state="preempted")
-    tracking.close()
+    tracking.close(60)
     run = server.runs["id"]
     run.files["wandb-history.jsonl"] = run.files["wandb-history.jsonl"][:served]  # as if the machine had died
     run.summary = {"train/global_step": served, "_step": served - 1}
@@ -401,7 +405,7 @@ def test_an_online_run_goes_on_at_another_machine(
         time.sleep(0.01)
     tracking.log(attempt, trained(kept - 1, 12))
     tracking.finish(attempt, "complete", {})
-    tracking.close()
+    tracking.close(60)
     assert seen(run.rows) == (list(range(1, 13)), [])
 
 
@@ -411,10 +415,10 @@ def test_no_key_in_any_file_or_output(
     caplog.set_level("DEBUG")
     resolved = tracking.resolve("project", None, "pricer", "auto", Path(online.directory))
     record(resolved, "good", trained(1, 3))
-    tracking.close()
+    tracking.close(60)
     server.fault = 401
     record(resolved, "bad", trained(1, 3))
-    tracking.close()
+    tracking.close(60)
     assert server.runs["good"].rows
     files = [path for path in Path(online.directory).rglob("*") if path.is_file()]
     assert len(files) > 5

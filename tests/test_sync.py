@@ -71,9 +71,10 @@ def run(sweep: Path) -> Result:
 def run_in_vain(sweep: Path) -> Result:
     """As `run`, of a server that fails: it is not waited for as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sync, "ASK_SECONDS", 6.0)
+        patch.setattr(sync, "ASK_SECONDS", 4.0)
         patch.setattr(sync, "UPLOAD_SECONDS", 8.0)
         patch.setattr(sync, "SETTLE_SECONDS", 2.0)
+        patch.setattr(tracking, "TEARDOWN_SECONDS", 1.0)
         failed = run(sweep)
     assert failed.exit_code == 1
     return failed
@@ -171,8 +172,8 @@ def test_kill_9_half_way(sweep: Path, server: WandbServer, stage: str) -> None:
         filelock.FileLock(sweep / "driver.lock", timeout=0).acquire()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, living = psutil.wait_procs(children, timeout=30)
-    assert not [child for child in living if child.status() != psutil.STATUS_ZOMBIE]
+    psutil.wait_procs(children, timeout=3)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     server.dies = server.fault = None
     assert len(server.runs["id"].rows) == 40
     assert run(sweep).exit_code == 0
@@ -186,7 +187,7 @@ def test_a_server_that_fails(sweep: Path, server: WandbServer, fault: int | str)
     server.fault = fault
     began = time.monotonic()
     failed = run_in_vain(sweep)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 8
     told = "refuses to answer" if fault == 403 else "does not answer; the same command goes on"
     (line,) = failed.stderr.splitlines()
     assert line.startswith("run one (one), run two (two): W&B at ")

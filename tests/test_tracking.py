@@ -287,12 +287,26 @@ def test_a_wandb_process_that_does_not_end_is_killed(offline: Tracking) -> None:
         time.sleep(0.1)
     (process,) = wandb_processes()
     process.suspend()
-    tracking.close(60)
+    tracking.close()
     assert not process.is_running()
     assert len(history(fragment)) == 3
     record(offline, "next", trained(1, 3))
     tracking.close(60)
     assert len(history(fragments(offline, "next")[0])) == 3
+    assert tracking.notes() == []
+
+
+def test_it_is_told_when_rows_may_be_missing_and_only_then(offline: Tracking) -> None:
+    run = tracking.start(offline, "id", "name", {}, trial(offline, "id"))
+    tracking.close(0.1)
+    [note] = tracking.notes()
+    assert "it was not done after 0.1 s" in note
+    tracking.finish(run, "complete", {})
+    tracking.close(60)
+    record(offline, "next", trained(1, 3)).thread.join()
+    (process,) = wandb_processes()
+    process.suspend()
+    tracking.close(0.1)  # all is recorded, and wandb's own process does not end yet
     assert tracking.notes() == []
 
 

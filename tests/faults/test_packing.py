@@ -261,6 +261,6 @@ def test_told_to_end_while_measuring(space):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 10
     assert "Preempted by SIGTERM: 0 of 12 trials are done." in output
     assert not sweeps.entries(space, "tiny")

@@ -8,10 +8,10 @@ import pytest
 
 from tests import hub_server, sweeps
 from tests.tiny import make_tiny_llama, make_tiny_rows
-from tests.wandb_server import serve
+from tests.wandb_server import KEY, serve
 
 KEYS = {
-    "WANDB_API_KEY": "0123456789planted0123456789planted012345",
+    "WANDB_API_KEY": KEY,
     "HF_TOKEN": "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",
     "AWS_SECRET_ACCESS_KEY": "planted/planted+plantedplantedplanted1234",
     "AWS_SESSION_TOKEN": "plantedsessionplantedsession",

@@ -60,7 +60,7 @@ def test_a_second_signal_ends_at_once(undisturbed, space):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10  # long before the step is done
+    assert time.monotonic() - began < 3
     assert process.returncode == 75, output
     done = sweeps.run(space)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,7 +73,7 @@ def test_the_grace_period_ends_by_force(space):
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
-    assert 1.5 < time.monotonic() - began < 15
+    assert 1.5 < time.monotonic() - began < 5
     assert process.returncode == 75, output
     assert "The same command goes on" in output
     assert [entry.state for entry in sweeps.entries(space)] == [TrialState.RUNNING]
